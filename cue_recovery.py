@@ -1,0 +1,240 @@
+"""cue_recovery.py - the sink token asks the picture: a small cross-attention hooked into Qwen3-VL.
+
+The idea.  The student must recover from the picture what the teacher was told in words. At a few
+decoder layers, while the prompt is read (prefill), the first token of the sequence - the attention
+sink, which every later token can see - asks all visual tokens of its own row one question and adds the
+answer to itself. Decoding is untouched: the answer already sits in the key/value cache.
+
+    q = h_sink W_Q    K = V W_K    U = V W_V    z = Attn(q, K, U) W_O    h_sink <- h_sink + z   (eq. 3-5)
+
+V are the hidden states at the visual positions at this layer; RMSNorm comes before the projections.
+
+In:  a stock Qwen3-VL model.  Out: the same model with hooks, and a CueRecovery module holding the new
+weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy include it).
+
+Use it alone (imports torch, and safetensors to save):
+    cue = attach(model, every=5)     # the model's logits are still exactly what they were
+    ... train, model.generate(...), any sampling loop ...
+    cue.save("cue_recovery.safetensors"); cue.detach()
+
+Departures from the paper and its release
+1) W_O starts at zero: at step 0 the student is the base model, exactly.
+2) One query needs no K and no U. score_j = q . (W_K x_j) = (W_K^T q) . x_j, and
+   sum_j a_j W_V x_j = W_V (sum_j a_j x_j): project the one query and the one mean instead of N tokens.
+   RMSNorm moves along: its gain is a diagonal, its 1/rms one number per token. Same function, same
+   weights, about a hundredth of the multiplications at 1,782 visual tokens; tested against the plain
+   form in float64.
+3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its DeepStack
+   addition), and never behind the last layer, where no token could read the sink any more. The 8B
+   model of the release has such a block: 67 M parameters without a useful gradient.
+Prefill means: no cached positions yet. A training forward has no cache, so the module is on there. With
+gradient checkpointing and transformers before 5.23, run backward before the next forward: the layers
+are run again in backward and read the masks of the last forward.
+Left out: anything while decoding, an auxiliary loss, more than one sink.
+"""
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+# Dimension letters: B rows, L tokens, N columns between the first and last visual token of the batch,
+# D hidden size, H heads, d = D / H.
+
+
+class RMSGain(nn.Module):
+    """The learnt gain of an RMSNorm; who uses it decides where the 1/rms goes."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
+
+
+class Block(nn.Module):
+    """The cross-attention of one layer: 4 D^2 weights, no biases."""
+
+    def __init__(self, hidden: int, heads: int, eps: float, prefill: SimpleNamespace):
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"hidden size {hidden} is not a multiple of {heads} heads")
+        self.heads, self.eps, self.prefill = heads, eps, prefill
+        self.sink_norm, self.visual_norm = RMSGain(hidden), RMSGain(hidden)
+        # skip_init: nn.Linear would draw from the global generator; CueRecovery fills all four
+        self.query, self.key, self.value, self.output = (
+            nn.utils.skip_init(nn.Linear, hidden, hidden, bias=False) for _ in range(4))
+
+    def forward(self, x, sink, visual, lo: int, hi: int):
+        """x (B, L, D); sink (B,) column of the sink; visual (B, N) bool for columns lo..hi-1 of x.
+
+        Returns x with every row's sink updated, out of place, and the attention (B, H, N).
+        """
+        B, _, D = x.shape
+        H, d = self.heads, D // self.heads
+        rows = torch.arange(B, device=x.device)
+        h = x[rows, sink]                                                          # (B, D)
+        v = x[:, lo:hi]                                                            # (B, N, D)
+        r = inverse_rms(v, self.eps)                                               # (B, N)
+        q = self.query(h * inverse_rms(h, self.eps)[:, None].to(x.dtype) * self.sink_norm.weight)
+        # the query moves through W_K, instead of every token of the picture
+        q = torch.einsum("bhd,hdD->bhD", q.view(B, H, d), self.key.weight.view(H, d, D))
+        q = q * self.visual_norm.weight                                            # (B, H, D)
+        scores = (q @ v.transpose(1, 2)).to(r.dtype) * r[:, None] / math.sqrt(d)   # (B, H, N)
+        # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
+        scores = scores.masked_fill(~visual[:, None], torch.finfo(scores.dtype).min)
+        attention = scores.softmax(dim=-1) * visual.any(dim=1)[:, None, None]
+        # the mean moves through W_V, instead of every token of the picture
+        mean = ((attention * r[:, None]).to(x.dtype) @ v) * self.visual_norm.weight   # (B, H, D)
+        z = torch.einsum("bhD,hdD->bhd", mean, self.value.weight.view(H, d, D)).reshape(B, D)
+        return x.index_put((rows, sink), h + self.output(z)), attention
+
+    def hook(self, layer, args):
+        """Pre-hook of the decoder layer that reads the updated sink."""
+        now = self.prefill
+        if not now.on:
+            return None
+        x, attention = self(args[0], now.sink, now.visual, now.lo, now.hi)
+        if now.keep_attention:
+            full = attention.new_zeros(*attention.shape[:2], args[0].shape[1])
+            full[:, :, now.lo:now.hi] = attention.detach()
+            now.attention[self.layer] = full
+        return (x, *args[1:])
+
+
+class CueRecovery(nn.Module):
+    """All blocks, and what they need to know of the prompt that is being read.
+
+    blocks            ModuleDict, "l" -> the Block applied between layer l and layer l + 1
+    keep_attention    set True to collect attention maps
+    attention         {l: (B, H, L)} of the last prefill; zero off the visual tokens
+    """
+
+    def __init__(self, model, every: int, seed: int):
+        super().__init__()
+        config = model.config.text_config
+        self.every, self.image_ids = every, (model.config.image_token_id, model.config.video_token_id)
+        self.prefill = SimpleNamespace(on=False, keep_attention=False, attention={})
+        self.blocks = nn.ModuleDict()
+        generator = torch.Generator().manual_seed(seed)
+        decoder = model.model.language_model.layers
+        for layer in range(0, len(decoder) - 1, every):
+            block = Block(config.hidden_size, config.num_attention_heads, config.rms_norm_eps,
+                          self.prefill)
+            block.layer = layer
+            for linear in (block.query, block.key, block.value):
+                nn.init.normal_(linear.weight, std=config.hidden_size**-0.5, generator=generator)
+            nn.init.zeros_(block.output.weight)
+            # Bound methods, not closures: a deep copy of the model then hooks the copy's blocks.
+            reader = decoder[layer + 1]
+            block.handle = reader.register_forward_pre_hook(block.hook)
+            self.blocks[str(layer)] = block.to(reader.input_layernorm.weight)
+        self.owner = [model]        # in a list: as an attribute it would become our own submodule
+        self.handle = model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    @property
+    def keep_attention(self) -> bool:
+        return self.prefill.keep_attention
+
+    @keep_attention.setter
+    def keep_attention(self, value: bool) -> None:
+        self.prefill.keep_attention = value
+
+    @property
+    def attention(self) -> dict[int, torch.Tensor]:
+        return self.prefill.attention
+
+    def _begin(self, module, args, kwargs) -> None:
+        """Before a forward: is this a prefill, where is each row's sink, where are its pictures?"""
+        now = self.prefill
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        now.on = cache is None or cache.get_seq_length() == 0
+        if not now.on:
+            return
+        now.attention = {}
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise ValueError("cue recovery finds the visual tokens by their ids: pass input_ids, "
+                             "not inputs_embeds, or detach() the module")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not torch.is_tensor(mask) or mask.shape != ids.shape):
+            raise ValueError("cue recovery needs the (B, L) attention mask to find each row's first "
+                             f"token, got {getattr(mask, 'shape', type(mask))} for {ids.shape}")
+        visual = (ids == self.image_ids[0]) | (ids == self.image_ids[1])           # (B, L)
+        columns = visual.any(dim=0).nonzero()[:, 0]
+        now.on = len(columns) > 0                       # a batch of text only: nothing to ask
+        if now.on:
+            # Pictures come first in a prompt, so this span is nearly all visual tokens.
+            now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
+            now.visual = visual[:, now.lo:now.hi]
+            first = torch.zeros_like(ids[:, 0]) if mask is None else mask.long().argmax(dim=1)
+            now.sink = first                                                       # (B,)
+
+    def detach(self) -> None:
+        """Remove every hook; the model is the stock model again."""
+        self.handle.remove()
+        for block in self.blocks.values():
+            block.handle.remove()
+        for model in self.owner:
+            del model.cue_recovery
+        self.owner.clear()
+
+    def save(self, path) -> None:
+        """Write the weights, with the settings in the file's metadata, as safetensors."""
+        from safetensors.torch import save_file
+        weights = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        save_file(weights, str(path), metadata={"cue_recovery": json.dumps(self.settings())})
+
+    def load(self, path) -> None:
+        """Read weights written by save(). Raises ValueError if they belong to another shape."""
+        from safetensors.torch import load_file
+        found, own = read_settings(path), self.settings()
+        if found != own:
+            raise ValueError(f"{path} was saved with {found}, this module has {own}")
+        self.load_state_dict(load_file(str(path)))
+
+    def settings(self) -> dict:
+        block = next(iter(self.blocks.values()))
+        return {"every": self.every, "layers": [int(name) for name in self.blocks],
+                "hidden": block.query.in_features, "heads": block.heads}
+
+
+def attach(model, every: int = 5, seed: int = 0) -> CueRecovery:
+    """Hook the module into a Qwen3-VL model, in place, and return it. `seed` draws its weights.
+
+    every: one block each `every` layers (the paper: 5). Raises if the model has one already.
+    """
+    if getattr(model, "cue_recovery", None) is not None:
+        raise ValueError("this model has a cue recovery module already; detach() it first")
+    depth = len(model.model.language_model.layers)
+    if every < 1 or depth < 2:
+        raise ValueError(f"every={every} with {depth} decoder layers leaves no place for a block")
+    model.cue_recovery = CueRecovery(model, every, seed)
+    return model.cue_recovery
+
+
+def load(model, path) -> CueRecovery:
+    """Attach a module saved by CueRecovery.save, with the settings it was saved with."""
+    cue = attach(model, every=read_settings(path)["every"])
+    try:
+        cue.load(path)
+    except Exception:
+        cue.detach()
+        raise
+    return cue
+
+
+def read_settings(path) -> dict:
+    from safetensors import safe_open
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get("cue_recovery")
+    if text is None:
+        raise ValueError(f"{path}: not a cue recovery file (its metadata has no settings)")
+    return json.loads(text)
