@@ -1,0 +1,87 @@
+"""teacher.py - the teacher: the same model (or a bigger one) that is told one thing more.
+
+The idea.  Student and teacher see the same question and the same picture, and the teacher scores the
+student's own tokens. What makes it a teacher is its privilege p, one line behind the question:
+
+    student   <picture> How many red shapes are there?
+    teacher   <picture> How many red shapes are there?\\n[Hint]: The picture shows a red circle at ...
+
+    privilege   the hint                              where it is from
+    none        no hint: the teacher must be a bigger model          (OPD)
+    answer      the reference answer                                 (OPSD)
+    rationale   reasoning that leads to the answer                   (OPSD, paper section 3.1)
+    cue         the visible evidence, never the answer               (ViCuR)
+
+The one equation.  With an answer as privilege the teacher's next token depends on something that the
+student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to sound informed. A cue is a
+function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), so all of it can be learnt.
+
+In:  a record and the name of a privilege; a student model.  Out: a hint; a frozen teacher model.
+Use it alone: imports torch only.
+
+Choices a reader may wonder about
+1) The teacher never has the recovery module, is in eval mode and has no gradients.
+2) A teacher with another vocabulary is refused: every id must mean the same string in both models,
+   since probabilities of ids are compared. Equal sizes are not enough.
+"""
+from __future__ import annotations
+
+import copy
+
+import torch
+
+PRIVILEGES = ("none", "answer", "rationale", "cue")
+
+
+def hint(record: dict, privilege: str) -> str | None:
+    """The teacher's extra line for this record, or None for privilege "none".
+
+    Raises ValueError if the record lacks what the privilege needs: a teacher that silently falls back
+    to the plain prompt teaches nothing, at a loss of zero.
+    """
+    if privilege not in PRIVILEGES:
+        raise ValueError(f"privilege {privilege!r}, expected one of {', '.join(PRIVILEGES)}")
+    if privilege == "none":
+        return None
+    text = str(record.get(privilege) or "").strip()
+    if not text:
+        raise ValueError(f"record {record.get('id', '?')} has no {privilege}, "
+                         f"which --privilege {privilege} needs")
+    return text
+
+
+def freeze(model):
+    """Eval mode, no gradients. Returns the model."""
+    return model.eval().requires_grad_(False)
+
+
+def frozen_copy(student):
+    """A frozen copy of the student as it is now, without the recovery module."""
+    teacher = copy.deepcopy(student)
+    if getattr(teacher, "cue_recovery", None) is not None:
+        teacher.cue_recovery.detach()
+    return freeze(teacher)
+
+
+@torch.no_grad()
+def update_ema(teacher, student, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly."""
+    theirs = dict(student.named_parameters())
+    for name, weight in teacher.named_parameters():
+        weight.lerp_(theirs[name].to(weight.dtype), 1 - decay)
+
+
+def check_same_vocabulary(student: dict[str, int], teacher: dict[str, int],
+                          student_rows: int, teacher_rows: int) -> None:
+    """Refuse a teacher whose token-to-id map or number of logits differs from the student's.
+
+    student, teacher: token -> id; rows: length of a logit vector.
+    """
+    if student_rows != teacher_rows:
+        raise ValueError(f"the student has {student_rows} logits and the teacher {teacher_rows}: "
+                         "their distributions cannot be compared")
+    if student != teacher:
+        differing = [t for t in student.keys() | teacher.keys() if student.get(t) != teacher.get(t)]
+        token = min(differing)
+        raise ValueError(f"student and teacher name {len(differing)} tokens differently, such as "
+                         f"{token!r}: id {student.get(token)} and {teacher.get(token)}")
