@@ -1,0 +1,135 @@
+"""loss.py - how far the student's next-token distribution is from the teacher's, token by token.
+
+The idea.  Student and teacher have read the same response; at each of its N tokens each holds a hidden
+state from which its lm_head makes V logits. The divergence of the two distributions is exact, over the
+whole vocabulary, at temperature 1. V is 151,936: logits of a whole response would be the largest
+tensors of the step (1,024 tokens: 0.6 GB a copy, several copies), so they exist a chunk at a time, and
+the gradient is made right there, instead of keeping the logits or computing them twice.
+
+    forward_kl  KL(p_T || p)   covers what the teacher would say; OPSD's objective, the default
+    reverse_kl  KL(p || p_T)   avoids what the teacher would not say
+    jsd         between the two, at most ln 2
+    sampled     k1 at the sampled token only: what the paper trains with (eq. 6-8)
+
+In:  hidden states (N, D) of both models, both heads.  Out: (N,) nats, differentiable in the student's.
+
+The one equation.  With p = softmax(student logits), the gradient in the logits:
+    forward_kl  p - p_T      reverse_kl  p (log p - log p_T - KL)      sampled  A_n (p - onehot(y_n))
+
+Why `sampled` and `reverse_kl` are one objective: the mean of the sampled gradient over y ~ p is the
+gradient of reverse_kl (E[onehot] = p, E[A] = -KL); a test checks it. The exact form has no noise from
+the current token; the noise of the sampled prefix stays.
+
+Use it alone: imports torch only.
+Left out: temperatures other than 1, clamps on single entries of the vocabulary (they flip gradients),
+top-k truncation (it throws the tail's gradient away).
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Dimension letters: N scored tokens, n tokens of one chunk, D hidden size, V vocabulary.
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
+    """Divergence of two log-distributions (n, V) at n positions, and its gradient.
+
+    Returns nats (n,) and d nats / d student logits (n, V). `tokens` (n,): the sampled ids, for
+    "sampled". Here p is the student's distribution, q the teacher's.
+    """
+    p = student.exp()
+    if kind == "forward_kl":                  # KL(q || p): where the teacher goes, be there too
+        q = teacher.exp()
+        return (q * (teacher - student)).sum(-1), p - q
+    if kind == "reverse_kl":                  # KL(p || q): do not go where the teacher does not
+        ratio = student - teacher
+        nats = (p * ratio).sum(-1)
+        return nats, p * (ratio - nats[:, None])
+    if kind == "jsd":                         # both, against the mean of the two; at most ln 2
+        q = teacher.exp()
+        middle = torch.logaddexp(student, teacher) - math.log(2)
+        nats = 0.5 * ((p * (student - middle)).sum(-1) + (q * (teacher - middle)).sum(-1))
+        slope = 0.5 * (student - middle)
+        return nats, p * (slope - (p * slope).sum(-1, keepdim=True))
+    if kind == "sampled":                     # k1 at the sampled token (eq. 6-8), as in the release:
+        floor, clamp = -10.0, 10.0            # log-probs floored, the advantage clamped
+        at = tokens[:, None]
+        advantage = (teacher.gather(1, at).clamp(min=floor)
+                     - student.gather(1, at).clamp(min=floor)).clamp(-clamp, clamp)   # A_n
+        # the loss -A_n log p(y_n): its gradient in the logits is A_n (p - onehot)
+        slope = advantage * p
+        return -advantage[:, 0], slope.scatter_add(1, at, -advantage)
+    raise ValueError(f"loss {kind!r}, expected forward_kl, reverse_kl, jsd or sampled")
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """distill_loss, with the gradients made in the forward pass, while a chunk's logits exist."""
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, tokens,
+                kind, chunk, stats):
+        exact = torch.promote_types(student_hidden.dtype, torch.float32)
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        N = student_hidden.shape[0]
+        nats = torch.empty(N, dtype=exact, device=student_hidden.device)
+        grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
+        grad_head = torch.zeros_like(student_head, dtype=exact) if need_head else None
+        for start in range(0, N, chunk):
+            part = slice(start, start + chunk)
+            student = (student_hidden[part] @ student_head.T).to(exact).log_softmax(-1)   # (n, V)
+            teacher = (teacher_hidden[part] @ teacher_head.T).to(exact).log_softmax(-1)
+            at = None if tokens is None else tokens[part]
+            nats[part], slope = divergence(student, teacher, kind, at)
+            if stats is not None:
+                stats["entropy"][part] = -(student.exp() * student).sum(-1)
+                stats["gap"][part] = (teacher - student).gather(1, at[:, None])[:, 0]
+            if need_hidden:
+                grad_hidden[part] = slope.to(student_head.dtype) @ student_head
+            if need_head:
+                # in place: a V x D temporary per chunk would be the largest tensor of the step
+                grad_head.addmm_((slope * weights[part, None]).T, student_hidden[part].to(exact))
+        ctx.save_for_backward(grad_hidden, grad_head, weights)
+        return nats
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad_hidden, grad_head, weights = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * upstream[:, None].to(grad_hidden.dtype)
+        if grad_head is not None:
+            # The head's gradient sums over tokens, so it had to know their weights beforehand.
+            scale = (upstream * weights).sum() / (weights * weights).sum()
+            if not torch.allclose(upstream, scale * weights, rtol=1e-4, atol=0):
+                raise ValueError("distill_loss: the result was reduced with other weights than the "
+                                 "`weights` it was given (default: all alike)")
+            grad_head = (grad_head * scale)
+        return grad_hidden, grad_head, None, None, None, None, None, None, None
+
+
+def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kind="forward_kl", *,
+                 chunk: int = 128, weights=None, tokens=None, stats: dict | None = None):
+    """Divergence between teacher and student at each of N response tokens: (N,) nats per token.
+
+    student_hidden (N, D), teacher_hidden (N, D'): last hidden states *at the position before* each
+    token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: see divergence().
+    chunk: tokens whose logits exist at one time; no (N, V) tensor is made.
+    weights (N,): what the caller multiplies the result with before summing, needed for the head's
+      gradient only (default: all alike, as for .sum() or .mean()); other weights raise in backward.
+    tokens (N,): the sampled ids; needed for kind "sampled" and for stats.
+    stats: a dict to be filled with "entropy" of the student and "gap", log p_T(y) - log p_theta(y).
+    """
+    if student_head.shape[0] != teacher_head.shape[0]:
+        raise ValueError(f"student head has {student_head.shape[0]} rows, teacher head "
+                         f"{teacher_head.shape[0]}")
+    if tokens is None and (kind == "sampled" or stats is not None):
+        raise ValueError(f"kind {kind!r} or stats: pass the sampled ids as tokens")
+    exact = torch.promote_types(student_hidden.dtype, torch.float32)
+    N = student_hidden.shape[0]
+    weights = student_hidden.new_ones(N, dtype=exact) if weights is None else weights.to(exact)
+    if stats is not None:
+        stats.update({k: torch.empty(N, dtype=exact, device=weights.device)
+                      for k in ("entropy", "gap")})
+    return _ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
+                                    teacher_head.detach(), weights, tokens, kind, chunk, stats)
