@@ -1,0 +1,87 @@
+"""optimizer.py - AdamW for a student in bf16 or fp32, with its own rate for the recovery module.
+
+The idea.  A learning rate of 1e-6 changes a weight by far less than bf16 can resolve (about 0.4 % of
+its value), so updates applied to bf16 weights are rounded away and nothing is learnt. Therefore every
+trained weight that is not float32 has a float32 master: gradients go to the master, AdamW steps there,
+and the rounded result is copied back.
+
+In:  named parameters, rates.  Out: an object with step() and what a resumed run needs (tensors()).
+
+The one equation (warm-up, then linear decay to a fraction f at the last of S steps):
+    rate(s) = lr * min(1, (s + 1) / warmup) * (1 - (1 - f) * s / S)
+
+Use it alone: imports torch only.
+Left out: 8-bit states, weight decay on the recovery module's gains and biases (there are none).
+"""
+from __future__ import annotations
+
+import torch
+
+
+class Optimizer:
+    """AdamW over float32 masters, two rates, clipping, and a guard against non-finite gradients.
+
+    parameters: [(name, parameter)]; names beginning with "cue_recovery." get `cue_lr`.
+    """
+
+    def __init__(self, parameters, *, lr: float, cue_lr: float, warmup: int, steps: int,
+                 final: float, clip: float, weight_decay: float = 0.0):
+        self.names = [name for name, _ in parameters]
+        self.parameters = [parameter for _, parameter in parameters]
+        if not self.parameters:
+            raise ValueError("nothing to train: no parameter has a gradient")
+        self.masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
+                        for p in self.parameters]
+        self.warmup, self.steps, self.final, self.clip = warmup, steps, final, clip
+        groups = {}
+        for name, master in zip(self.names, self.masters):
+            rate = cue_lr if name.startswith("cue_recovery.") else lr
+            groups.setdefault(rate, []).append(master)
+        self.adam = torch.optim.AdamW([{"params": masters, "base": rate, "lr": rate}
+                                       for rate, masters in groups.items()],
+                                      betas=(0.9, 0.999), weight_decay=weight_decay)
+
+    def step(self, step: int) -> float:
+        """Clip, set the rate of step `step` (from 0), update, clear. Returns the gradient norm before.
+
+        A norm that is not finite changes nothing; the caller counts these and gives up after a few.
+        """
+        for parameter, master in zip(self.parameters, self.masters):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.clip))
+        if torch.isfinite(torch.tensor(norm)):
+            scale = min(1.0, (step + 1) / max(1, self.warmup))
+            scale *= 1 - (1 - self.final) * step / max(1, self.steps)
+            for group in self.adam.param_groups:
+                group["lr"] = group["base"] * scale
+            self.adam.step()
+            with torch.no_grad():
+                for parameter, master in zip(self.parameters, self.masters):
+                    if master is not parameter:
+                        parameter.copy_(master)
+        for master in self.masters:
+            master.grad = None
+        return norm
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Masters and both moments by name: with these a run continues bit for bit."""
+        out = {}
+        for name, master in zip(self.names, self.masters):
+            out[f"weight/{name}"] = master.detach()
+            out.update({f"{key}/{name}": value for key, value in self.adam.state[master].items()})
+        return out
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what tensors() gave. Raises KeyError naming the first tensor that is missing."""
+        for name, parameter, master in zip(self.names, self.parameters, self.masters):
+            master.copy_(tensors[f"weight/{name}"])
+            if master is not parameter:
+                parameter.copy_(master)
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" in tensors:          # absent if it never had a gradient
+                    value = tensors[f"{key}/{name}"]
+                    self.adam.state[master][key] = value.clone() if key == "step" else value.to(
+                        master.device, copy=True)
