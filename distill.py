@@ -1,0 +1,513 @@
+"""distill.py - multimodal on-policy distillation with visual cues, on a Qwen3-VL student.
+
+    picture + question ----------------------> student --samples--> y_1 y_2 ... y_T
+                       \\                          |                      | the same tokens
+                        + [Hint]: visible facts -> teacher               v
+                                                   |      KL( teacher || student ) at every token
+        sink token <--- asks the picture ---.      '--------------------> pulls the student
+        (cue_recovery.py, prefill only)
+
+The idea.  The student answers its own prompts; a teacher that was also told what is relevant in the
+picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled toward the teacher token
+by token. At inference nothing is changed: no hint, the picture must do.
+
+In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint that AutoModel loads.
+
+The one equation (eq. 6-8, with the exact divergence in place of its one-sample estimate):
+    L = mean over prompts of  1/|y| sum_n D( p_T(. | X, S, y_<n) , p_theta(. | X, y_<n) ),  y ~ p_theta
+
+Run
+    python distill.py                                            the tiny default: minutes on a CPU
+    python distill.py --student Qwen/Qwen3-VL-2B-Instruct --data my/train.jsonl
+    python distill.py --resume runs/NAME                         goes on where it was killed
+
+Departures from the paper and its release
+1) The loss is the exact forward KL over the whole vocabulary (OPSD's objective, appendix F.3) by
+   default. `--loss sampled` is what the paper trains with: k1, one sample per position, clamped.
+   `--loss reverse_kl` is that objective without the sampling noise of the current token: for one state,
+   E_{y ~ p_theta}[-A grad log p_theta(y)] is exactly the gradient of KL(p_theta || p_T).
+2) One update per rollout batch, so the PPO ratio is 1 and the clip idle; neither is written here.
+3) The recovery module has its own learning rate: 1e-6 from W_O = 0 goes nowhere.
+Left out: rewards, GRPO, a value model, a reference-model penalty, several updates per rollout.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import cue_recovery
+import evaluate
+import model as qwen
+import teacher as teaching
+from data import records as record_files, toy
+from loss import distill_loss
+from optimizer import Optimizer
+from rollout import Rollout, append_response, sample
+
+# Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden, V vocabulary.
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------- settings
+
+def option(default, text: str, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every knob. The defaults are for a real model (paper, table 3); TOY is for the tiny default."""
+    student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
+    teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
+    ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step")
+    privilege: str = option("cue", "what only the teacher is told", teaching.PRIVILEGES)
+    loss: str = option("forward_kl", "divergence at each token",
+                       ("forward_kl", "reverse_kl", "jsd", "sampled"))
+    data: str = option("", "training records, JSONL (default: the toy world, made in data/toy)")
+    eval_data: str = option("", "test records (default: test.jsonl beside the training records)")
+    eval_limit: int = option(512, "use the first so many test records, 0 for all")
+    steps: int = option(275, "updates; 275 is the paper's main run")
+    batch_size: int = option(128, "prompts an update, one response each")
+    sample_batch: int = option(32, "rows sampled at a time: bounds the key/value cache")
+    micro_batch_tokens: int = option(16384, "tokens, padding included, scored at a time")
+    max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut")
+    max_new_tokens: int = option(4096, "response tokens")
+    temperature: float = option(1.0, "of sampling; scoring is always at 1")
+    top_p: float = option(1.0, "nucleus of sampling, 1 for the whole distribution")
+    top_k: int = option(0, "sample from the k most likely, 0 for all")
+    lr: float = option(1e-6, "learning rate of the model")
+    cue_lr: float = option(1e-4, "learning rate of the recovery module")
+    warmup: int = option(10, "steps until the full learning rate")
+    final_lr: float = option(0.1, "share of the rate left at the last step; 1 is the paper's constant")
+    clip: float = option(1.0, "largest gradient norm")
+    weight_decay: float = option(0.0, "AdamW's")
+    cue_recovery: bool = option(True, "attach the sink-token module to the student")
+    every: int = option(0, "a module block each so many layers; 0 is 5, or a third of a shallow model")
+    train: str = option("all", "which weights: all, language (no vision tower), cue (the module only)",
+                        ("all", "language", "cue"))
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own")
+    max_pixels: int = option(0, "largest picture in pixels, 0 for the checkpoint's own")
+    seed: int = option(0, "of data order, sampling and the module's start")
+    name: str = option("", "of the run's folder below runs/ (default: the time)")
+    eval_every: int = option(50, "steps between evaluations, 0 for only before and after")
+    save_every: int = option(25, "steps between saved states for --resume")
+    device: str = option("", "cuda, cpu, ... (default: cuda if there is one)")
+    dtype: str = option("", "of the weights (default: float32 on a CPU, else bfloat16)")
+    attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
+
+
+# What `python distill.py` changes when the student is the tiny default.
+TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
+           lr=5e-4, cue_lr=1.5e-3, attention="eager")
+
+
+def read_config(argv=None) -> tuple[Config, Path | None]:
+    """Settings from the command line; with --resume those of the run, and its folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
+            "type": type(f.default), "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                            help=f.metadata["help"], **kind)
+    parser.add_argument("--resume", metavar="FOLDER", default="",
+                        help="go on with this run, with its own settings (--steps may be raised)")
+    given = parser.parse_args(argv, namespace=argparse.Namespace())
+    typed = vars(given).copy()
+    resume = typed.pop("resume")
+    changed = {k: v for k, v in typed.items() if was_typed(k, argv)}
+    if resume:
+        other = sorted(set(changed) - {"steps"})
+        if other:
+            parser.error(f"--resume takes the run's own settings; leave out {', '.join(other)}")
+        path = Path(resume) / "args.json"
+        if not path.exists():
+            parser.error(f"{path} does not exist: is {resume} the folder of a run?")
+        return Config(**{**json.loads(path.read_text()), **changed}), Path(resume)
+    if Path(typed["student"]).resolve() == qwen.TINY:
+        typed = {**typed, **TOY, **changed}
+    config = Config(**typed)
+    config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
+    for name in ("steps", "batch_size", "sample_batch", "max_new_tokens", "save_every"):
+        if getattr(config, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return config, None
+
+
+def was_typed(name: str, argv) -> bool:
+    flag = name.replace("_", "-")
+    return any(re.fullmatch(rf"--(no-)?{flag}(=.*)?", word)
+               for word in (sys.argv[1:] if argv is None else argv))
+
+
+# ---------------------------------------------------------------------------- one step
+
+def training_step(student, teacher, processor, records: list[dict], config: Config, step: int,
+                  optimizer: Optimizer) -> tuple[dict, list[str]]:
+    """The algorithm. Returns the step's metrics and the student's answers as text."""
+    # 1) prompts: what the student sees, and the same with the privilege in it
+    prompts = [processor.prompt(r) for r in records]
+    hinted = [processor.prompt(r, teaching.hint(r, config.privilege)) for r in records]
+    # 2) rollout: the student answers (eq. 6: y ~ p_theta)
+    clock = Clock()
+    rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
+    clock.lap("sample", int(rollout.lengths.sum()))
+    # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
+    total = Totals()
+    student.train()
+    for rows in micro_batches(prompts, hinted, rollout, config.micro_batch_tokens):
+        ids, lengths = rollout.ids[rows, :int(rollout.lengths[rows].max())], rollout.lengths[rows]
+        with torch.no_grad():
+            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, lengths)
+        said_by_student = response_states(student, processor, prompts, rows, ids, lengths)
+        # per-sequence mean, then mean over all prompts of the step, however it is cut (eq. 7)
+        weights = (1 / (len(records) * lengths)).repeat_interleave(lengths)              # (N,)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        stats = {}
+        nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
+                            teacher.lm_head.weight, config.loss, weights=weights,
+                            tokens=ids[mask], stats=stats)
+        (nats * weights).sum().backward()
+        total.add(nats.detach(), weights, lengths, stats)
+    # 4) update
+    norm = optimizer.step(step)
+    if config.teacher == "ema" and math.isfinite(norm):
+        teaching.update_ema(teacher, student, config.ema_decay)
+    clock.lap("score", int(rollout.lengths.sum()))
+    answers = [processor.decode(ids[:n]) for ids, n in zip(rollout.ids, rollout.lengths)]
+    return {"step": step + 1, **total.metrics(), **describe(rollout, answers),
+            "gradient_norm": norm, "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers
+
+
+def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
+    """Sample one response to every prompt, `sample_batch` rows at a time; a Rollout for all."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, len(prompts), config.sample_batch):
+        batch = to_device(processor.batch(prompts[start:start + config.sample_batch]), student)
+        parts.append(sample(student, batch, max_new_tokens=config.max_new_tokens,
+                            temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+                            stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
+                            pad_id=processor.pad_id, generator=generator))
+    T = max(part.ids.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return Rollout(torch.cat([pad(p.ids, (0, T - p.ids.shape[1]), value=processor.pad_id)
+                              for p in parts]),
+                   torch.cat([p.lengths for p in parts]), torch.cat([p.stopped for p in parts]),
+                   torch.cat([pad(p.logprobs, (0, T - p.logprobs.shape[1])) for p in parts]))
+
+
+def response_states(model, processor, prompts, rows, ids, lengths) -> torch.Tensor:
+    """(N, D) last hidden states from which each response token of `rows` is predicted, row by row."""
+    batch = to_device(processor.batch([prompts[row] for row in rows]), model)
+    T = ids.shape[1]
+    hidden = model.model(**append_response(batch, ids, lengths), use_cache=False).last_hidden_state
+    mask = torch.arange(T, device=ids.device) < lengths[:, None]                         # (B, T)
+    # the state at column t predicts the token at t + 1, so the response is read one column early
+    return hidden[:, -T - 1:-1][mask]
+
+
+def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
+    """Rows grouped by length, so that a group padded to its longest row stays within `budget` tokens.
+
+    A row longer than the budget gets a group of its own.
+    """
+    sizes = [max(len(a.ids), len(b.ids)) + int(n)
+             for a, b, n in zip(prompts, hinted, rollout.lengths)]
+    groups = []
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        # longest first: the first row of a group sets its width
+        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def to_device(batch: dict, model) -> dict:
+    device = model.lm_head.weight.device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# ---------------------------------------------------------------------------- what is measured
+
+class Clock:
+    """Seconds and tokens per second of each phase of a step."""
+
+    def __init__(self):
+        self.start, self.laps = time.perf_counter(), {}
+
+    def lap(self, name: str, tokens: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self.start = (now - self.start, tokens), now
+
+    def metrics(self) -> dict:
+        out = {f"{k}_seconds": round(s, 3) for k, (s, _) in self.laps.items()}
+        return out | {f"{k}_tokens_per_second": round(n / s) for k, (s, n) in self.laps.items()}
+
+
+class Totals:
+    """Sums over micro-batches, so that a step reports all of its tokens and not the last ones."""
+
+    def __init__(self):
+        self.loss = self.entropy = 0.0
+        self.gaps = {"front": [0.0, 0], "back": [0.0, 0]}
+
+    def add(self, nats, weights, lengths, stats) -> None:
+        self.loss += float((nats * weights).sum())
+        self.entropy += float((stats["entropy"] * weights).sum())
+        place = torch.cat([torch.arange(n, device=nats.device) < n / 2 for n in lengths.tolist()])
+        for name, half in (("front", place), ("back", ~place)):       # figure 3's two halves
+            self.gaps[name][0] += float(stats["gap"][half].sum())
+            self.gaps[name][1] += int(half.sum())
+
+    def metrics(self) -> dict:
+        gaps = {f"gap_{name}": total / max(1, n) for name, (total, n) in self.gaps.items()}
+        return {"loss": self.loss, "entropy": self.entropy, **gaps}
+
+
+def describe(rollout: Rollout, answers: list[str]) -> dict:
+    """Length, share cut off, and the word "hint" (whole word, any case: table 8) in the answers."""
+    hints = [len(re.findall(r"\bhint\b", answer, re.IGNORECASE)) for answer in answers]
+    return {"length": float(rollout.lengths.float().mean()),
+            "cut_off": float((~rollout.stopped).float().mean()),
+            "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
+
+
+# ---------------------------------------------------------------------------- the run
+
+def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
+    """Training and test records, checked; prompts over the limit left out and counted."""
+    config.data = config.data or str(toy.default() / "train.jsonl")
+    config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
+    needs = () if config.privilege == "none" else (config.privilege,)
+    train = record_files.load(config.data, needs)
+    test = record_files.load(config.eval_data, needs)
+    fits = [max(processor.length(r), processor.length(r, teaching.hint(r, config.privilege)))
+            <= config.max_prompt_tokens for r in train]
+    kept = [record for record, ok in zip(train, fits) if ok]
+    if not kept:
+        raise ValueError(f"{config.data}: no prompt fits in --max-prompt-tokens "
+                         f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
+    print(f"{len(kept)} training records from {config.data}"
+          + f", {len(train) - len(kept)} left out as longer than {config.max_prompt_tokens} tokens")
+    return kept, test[:config.eval_limit or None]
+
+
+def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
+    """The records of this step: an endless reading in epochs, each shuffled by (seed, epoch)."""
+    out, orders = [], {}
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, len(records))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(records)), len(records))
+        out.append(records[orders[epoch][place]])
+    return out
+
+
+def choose_weights(student, train: str) -> list:
+    """Mark what is trained; returns [(name, parameter)], shared weights once."""
+    for name, parameter in student.named_parameters():
+        cue = name.startswith("cue_recovery.")
+        parameter.requires_grad_(cue or train == "all"
+                                 or (train == "language" and not name.startswith("model.visual.")))
+    return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
+
+
+def build_models(config: Config):
+    """Student (with the module), teacher (without), and the student's processor."""
+    budget = dict(min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None)
+    options = dict(dtype=config.dtype or None, device=config.device or None,
+                   attention=config.attention, **budget)
+    student, processor = qwen.load(config.student, **options)
+    if config.teacher in ("self", "ema"):
+        teacher = teaching.frozen_copy(student)
+    else:
+        teacher, other = qwen.load(config.teacher, cue=False, **options)
+        teaching.check_same_vocabulary(processor.vocab, other.vocab,
+                                       student.lm_head.weight.shape[0], teacher.lm_head.weight.shape[0])
+        if (processor.patch, processor.merge) != (other.patch, other.merge):
+            raise ValueError(f"student and teacher cut pictures into patches of {processor.patch} "
+                             f"and {other.patch} pixels, so they cannot read the same prompt")
+        print(f"stop ids: student {sorted(processor.stop_ids)}, teacher {sorted(other.stop_ids)}")
+        teaching.freeze(teacher)
+    if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
+        depth = student.config.text_config.num_hidden_layers
+        cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed)
+    if config.gradient_checkpointing:
+        # renamed in transformers 5.24, the old name warns
+        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+    return student, teacher, processor
+
+
+def print_settings(config: Config, student, teacher, weights) -> None:
+    millions = {"student": sum(p.numel() for p in student.parameters()) / 1e6,
+                "teacher": sum(p.numel() for p in teacher.parameters()) / 1e6,
+                "trained": sum(p.numel() for _, p in weights) / 1e6}
+    cue = getattr(student, "cue_recovery", None)
+    print("\n".join(f"  {name:22} {value}" for name, value in asdict(config).items()))
+    print(", ".join(f"{name} {size:.2f} M" for name, size in millions.items())
+          + f" parameters, {student.dtype} on {student.device}, {torch.get_num_threads()} threads")
+    if cue is not None:
+        print(f"cue recovery before layers {[layer + 1 for layer in cue.settings()['layers']]}: "
+              f"{sum(p.numel() for p in cue.parameters()) / 1e6:.2f} M parameters")
+
+
+def evaluate_on(model, processor, test, config, privilege="none", label="") -> tuple[list, dict]:
+    rows = evaluate.evaluate(model, processor, test, hint=lambda r: teaching.hint(r, privilege),
+                             max_new_tokens=config.max_new_tokens, label=label)
+    return rows, evaluate.summarise(rows)
+
+
+def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
+    """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
+    path = folder / "before.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    rows, base = evaluate_on(student, processor, test, config, label="base, no hint")
+    print("base     " + evaluate.line(base))
+    _, taught = evaluate_on(teacher, processor, test, config, config.privilege, "teacher, hinted")
+    print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
+    if config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02:
+        print("WARNING: the privilege does not make the teacher better than the base, so there is "
+              "little to learn. Look at the hints, or choose another --privilege.")
+    before = {"base": base, "teacher": taught, "rows": rows}
+    checkpoint.write_json(path, before)
+    return before
+
+
+def train_loop(student, teacher, processor, train, test, config, optimizer, folder, start) -> None:
+    """Steps start .. config.steps - 1, each logged as a line of metrics.jsonl."""
+    stop, skipped = StopSignal(), 0
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distil",
+               dynamic_ncols=True)
+    for step in bar:
+        records = batch_of(train, step, config.batch_size, config.seed)
+        metrics, answers = training_step(student, teacher, processor, records, config, step, optimizer)
+        done = step + 1
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        if skipped == 5:
+            raise FloatingPointError(f"step {done}: the gradient was not finite five times in a row; "
+                                     "lower --lr, or use --dtype float32")
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
+                        tok_s=metrics["sample_tokens_per_second"])
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            _, now = evaluate_on(student, processor, test, config)
+            metrics["accuracy"] = now["accuracy"]
+            tqdm.write(f"step {done:4}  {evaluate.line(now)}")
+            keep_samples(folder, done, records, answers, config.privilege)
+        checkpoint.append_jsonl(folder / "metrics.jsonl", metrics)
+        if stop.asked or done % config.save_every == 0 or done == config.steps:
+            checkpoint.save_state(folder / "state", done, state_tensors(optimizer, teacher, config))
+        if stop.asked:
+            bar.close()
+            print(f"stopped after step {done}; go on with\n  python distill.py --resume {folder}")
+            raise SystemExit(130)
+
+
+class StopSignal:
+    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step; a second one at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.asked = True
+        tqdm.write("stopping after this step")
+
+
+def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
+    """All that a resumed run cannot recompute: masters, moments and an averaged teacher."""
+    tensors = optimizer.tensors()
+    if config.teacher == "ema":
+        tensors |= {f"teacher/{name}": p for name, p in teacher.named_parameters()}
+    return tensors
+
+
+def resume_run(folder: Path, optimizer, teacher, config) -> int:
+    """Load the saved state; returns the number of finished steps."""
+    done, tensors = checkpoint.load_state(folder / "state")
+    optimizer.load_tensors(tensors)
+    if config.teacher == "ema":
+        with torch.no_grad():
+            for name, parameter in teacher.named_parameters():
+                parameter.copy_(tensors[f"teacher/{name}"])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        checkpoint.forget_after(folder / name, done)
+    print(f"resuming {folder} after step {done}")
+    return done
+
+
+def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> None:
+    for record, answer in list(zip(records, answers))[:count]:
+        checkpoint.append_jsonl(folder / "rollouts.jsonl", {
+            "step": step, "id": record["id"], "question": record["question"],
+            "hint": teaching.hint(record, privilege), "gold": record["answer"], "response": answer})
+
+
+def finish(student, processor, test, config, folder, before, started) -> None:
+    """Last evaluation, checkpoint, result.json and the table."""
+    rows, after = evaluate_on(student, processor, test, config, label="student, no hint")
+    qwen.save(student, processor, folder / "checkpoint")
+    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
+    models = {"base": before["base"], "teacher": before["teacher"], "student": after}
+    result = {f"{name}_{key}": value for name, summary in models.items()
+              for key, value in summary.items() if key != "n"}
+    result |= {"n": after["n"], "seconds": round(time.time() - started, 1),
+               "hint_rows": sum(m["hint_rows"] for m in metrics),
+               "rollouts": config.batch_size * len(metrics)}
+    checkpoint.write_json(folder / "result.json", result)
+    print(evaluate.before_after(before["rows"], rows))
+    print(evaluate.table(models))
+    print(f"rollouts with the word \"hint\": {result['hint_rows']} of {result['rollouts']}\n"
+          f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with\n"
+          f"  python evaluate.py --model {folder / 'checkpoint'}")
+
+
+def main(argv=None) -> None:
+    config, resume = read_config(argv)
+    qwen.quiet()
+    started = time.time()
+    folder = resume or Path("runs") / config.name
+    try:
+        if not resume and (folder / "args.json").exists():
+            raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
+                                  f"--resume {folder}")
+        student, teacher, processor = build_models(config)
+        train, test = prepare_data(config, processor)
+        weights = choose_weights(student, config.train)
+        optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
+                              steps=config.steps, final=config.final_lr, clip=config.clip,
+                              weight_decay=config.weight_decay)
+        print_settings(config, student, teacher, weights)
+        start = resume_run(folder, optimizer, teacher, config) if resume else 0
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(folder / "args.json", asdict(config))
+    except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
+        raise SystemExit(f"distill.py: {error}")
+    before = evaluate_before(student, teacher, processor, test, config, folder)
+    train_loop(student, teacher, processor, train, test, config, optimizer, folder, start)
+    finish(student, processor, test, config, folder, before, started)
+
+
+if __name__ == "__main__":
+    main()
