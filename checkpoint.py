@@ -42,7 +42,8 @@ def read_jsonl(path: Path) -> list[dict]:
     if not Path(path).exists():
         return []
     out = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    # bytes, not splitlines(): text may hold U+2028, and a kill may cut a character in two
+    for line in Path(path).read_bytes().split(b"\n"):
         try:
             out.append(json.loads(line))
         except ValueError:

@@ -338,6 +338,8 @@ def build_models(config: Config):
     student, processor = qwen.load(config.student, **options)
     if config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
+        if config.teacher == "ema":
+            teacher = teacher.float()        # in bf16 an average would be rounded to where it was
     else:
         teacher, other = qwen.load(config.teacher, cue=False, **options)
         teaching.check_same_vocabulary(processor.vocab, other.vocab,

@@ -94,17 +94,19 @@ class _ChunkedDivergence(torch.autograd.Function):
         return nats
 
     @staticmethod
+    @torch.autograd.function.once_differentiable    # a second derivative would be silently wrong
     def backward(ctx, upstream):
         grad_hidden, grad_head, weights = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * upstream[:, None].to(grad_hidden.dtype)
         if grad_head is not None:
             # The head's gradient sums over tokens, so it had to know their weights beforehand.
-            scale = (upstream * weights).sum() / (weights * weights).sum()
+            squares = (weights * weights).sum()      # 0 without tokens: 0 / 0 would be NaN
+            scale = (upstream * weights).sum() / squares.clamp(min=torch.finfo(squares.dtype).tiny)
             if not torch.allclose(upstream, scale * weights, rtol=1e-4, atol=0):
                 raise ValueError("distill_loss: the result was reduced with other weights than the "
                                  "`weights` it was given (default: all alike)")
-            grad_head = (grad_head * scale)
+            grad_head = grad_head * scale
         return grad_hidden, grad_head, None, None, None, None, None, None, None
 
 
@@ -123,6 +125,8 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
     if student_head.shape[0] != teacher_head.shape[0]:
         raise ValueError(f"student head has {student_head.shape[0]} rows, teacher head "
                          f"{teacher_head.shape[0]}")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1")
     if tokens is None and (kind == "sampled" or stats is not None):
         raise ValueError(f"kind {kind!r} or stats: pass the sampled ids as tokens")
     exact = torch.promote_types(student_hidden.dtype, torch.float32)

@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         deep = image.mode.startswith("I;16") or grey.max() > 255    # 16 bits even where it is dark
         grey = grey / (65535.0 if deep else 255.0) * 255.0
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

@@ -7,11 +7,11 @@ and the rounded result is copied back.
 
 In:  named parameters, rates.  Out: an object with step() and what a resumed run needs (tensors()).
 
-The one equation (warm-up, then linear decay to a fraction f at the last of S steps):
+The one equation (warm-up, and linear decay to a fraction f after S steps):
     rate(s) = lr * min(1, (s + 1) / warmup) * (1 - (1 - f) * s / S)
 
 Use it alone: imports torch only.
-Left out: 8-bit states, weight decay on the recovery module's gains and biases (there are none).
+Left out: 8-bit states; weights without weight decay (it is off by default, else it is for all).
 """
 from __future__ import annotations
 

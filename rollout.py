@@ -73,7 +73,8 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or repetition_penalty <= 0:
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and top_k >= 0
+            and repetition_penalty > 0):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}, "
                          f"repetition_penalty {repetition_penalty}: out of range")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -93,7 +94,7 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
     running = torch.arange(B, device=device)                     # rows of the batch still in play
     penalised = presence_penalty != 0 or repetition_penalty != 1
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     model.eval()
     try:
         # 1) prefill: read every prompt once
@@ -101,7 +102,8 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
                        logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
         for t in range(max_new_tokens):
             # 2) the distribution of the next token
-            logits = output.logits[:, -1].float()                                   # (R, V)
+            # a copy: penalties and bans are written in place, and these are the model's own
+            logits = output.logits[:, -1].to(torch.float32, copy=True)              # (R, V)
             if penalised:
                 _penalise(logits, out_ids[running, :t], presence_penalty, repetition_penalty)
             if len(banned):
@@ -129,7 +131,8 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
             output = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position,
                            use_cache=True, **{cache_name: cache})
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     T = int(lengths.max())
     return Rollout(out_ids[:, :T], lengths, stopped, out_logprobs[:, :T])
 

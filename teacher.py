@@ -65,9 +65,16 @@ def frozen_copy(student):
 
 @torch.no_grad()
 def update_ema(teacher, student, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly."""
+    """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly.
+
+    The teacher is float32, whatever the student is: in bf16 a hundredth of a small difference is
+    rounded away, and the average would stay where it started.
+    """
     theirs = dict(student.named_parameters())
     for name, weight in teacher.named_parameters():
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"an average in {weight.dtype} would not move: the teacher must be "
+                             "float32, as frozen_copy(student).float() is")
         weight.lerp_(theirs[name].to(weight.dtype), 1 - decay)
 
 

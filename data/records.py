@@ -32,7 +32,7 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
                                 + (f" (a folder; did you mean {path / 'train.jsonl'}?)"
                                    if path.is_dir() else ""))
     records, first_seen = [], {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:              # bytes: a wrong encoding, too, has its line
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -49,7 +49,7 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
     return records
 
 
-def _parse(line: str, where: str, needs) -> dict:
+def _parse(line: bytes, where: str, needs) -> dict:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -75,9 +75,15 @@ def _inside(folder: Path, name, where: str) -> str:
     """The absolute path of a picture; only files below the record file's folder are read."""
     if not isinstance(name, str):
         raise ValueError(f"{where}: picture {name!r} is not a path")
-    target = (folder / name).resolve()
-    if not target.is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: picture {name!r} lies outside {folder}")
-    if not target.is_file():
-        raise ValueError(f"{where}: picture {name!r} does not exist")
+    short = repr(name[:80])                  # someone may have put the picture itself here, as base64
+    try:
+        target = (folder / name).resolve()
+        inside, exists = target.is_relative_to(folder.resolve()), target.is_file()
+    except (OSError, ValueError, RuntimeError) as error:     # too long, a NUL, links in a circle
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise ValueError(f"{where}: picture {short} is not a path: {reason}") from None
+    if not inside:
+        raise ValueError(f"{where}: picture {short} lies outside {folder}")
+    if not exists:
+        raise ValueError(f"{where}: picture {short} does not exist")
     return str(target)

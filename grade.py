@@ -1,0 +1,659 @@
+r"""Was the model right? Pull the answer out of a response, then compare it with the gold.
+
+Idea     Grading is two questions: what did the model commit to (`extract`), and is that the gold
+         (`grade`)? Both say "I cannot tell" rather than guess, and that counts as wrong. An
+         extractor that takes the nearest option, or any number in the prose, measures itself.
+In, out  grade(response, gold, options, kind, precision) -> Grade(correct, extracted, rule, reason)
+         extract(response, labels) -> (answer or None, rule)
+Equation p and g are the same when, both being exact rationals,   p = g
+           otherwise                                              |p - g| <= 1e-6 max(|p|, |g|)
+           a gold printed with d >= 2 decimals                    |p - g| <= 10^-d / 2
+           two equations, at fixed points x_k                     f_p(x_k) = c f_g(x_k), c constant
+Run      python grade.py 'so the answer is \boxed{\frac12}' 0.5
+Copy     this file alone; it needs only the standard library.
+
+Departures from the benchmarks' own graders, and what is left out:
+1) No LLM extracts or judges, so MathVerse golds that are sentences are compared as text and the
+   score is a lower bound there.
+2) No random option (MMMU), no nearest option (MathVista), no first capital letter (Video-MME), no
+   substring (DynaMath, MMMU): each gives points to a refusal or to a wrong answer.
+3) No sympy, no eval, no timeout. Sympy can spend a minute and a gigabyte on `99999999!` inside one
+   C call that no signal interrupts. Here the text is short, the nesting shallow and every exact
+   number bounded, so the work is bounded too and grading may run inside the training loop.
+4) Left out, that is compared as text: functions (sin, log), matrices, complex numbers, repeating
+   decimals, numbers in words ("two"), any noun after a number ("5 apples"). Units are compared,
+   not converted: 50 cm is not 0.5 m. Inequalities are compared with inequalities only.
+"""
+import math
+import operator
+import re
+import string
+import sys
+import unicodedata
+import zlib
+from collections import deque
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate
+
+KINDS = ("auto", "choice", "number", "math", "text", "list")
+MAX_CHARS = 2000    # a longer answer is compared as text only
+MAX_DEPTH = 50      # nesting of brackets, exponents and lists
+MAX_BITS = 8192     # of one exact number, numerator and denominator together
+MAX_POWER = 1000    # integer exponent of an exact number
+MAX_ITEMS = 64      # of a set or list: sets are compared pair by pair
+POINTS = 16         # where formulas with variables are compared
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict and enough to argue with it: what was read, by which rule, and why."""
+    correct: bool
+    extracted: str | None   # None: the response commits to nothing
+    rule: str               # boxed, tag, commit, whole, last line, none, unclosed think
+    reason: str             # count the "no answer"s: a benchmark should report their share
+
+
+# ---- 1) What did the model commit to? ----------------------------------------------------------
+
+_BRACE = re.compile(r"\\{1,2}boxed\s*\{|\\[\\{}]|[{}]")
+# A JSON field as models write it: bare numbers, and LaTeX backslashes that break a JSON parser.
+_JSON = re.compile(
+    r'"(?:(?:short|final)[ _])?answer"\s{0,9}:\s{0,9}(?:"((?:[^"\\]|\\.){0,2000})"'
+    r'|(\[[^\]\n]{0,2000}\]|-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[^\s",}\[][^",}\n]{0,200}))', re.I)
+_COMMIT = re.compile(
+    r"(?:\b(answer|option|choice)\b|答案)(?:\s+to\s[^.:\n]{1,80}?)?[\s*_>]{0,4}"
+    r"(?:(?:is|are|was|would be|should be|must be)\b|[:：=是为])"
+    r"|\bfinal answer[*_ ]{0,4}(?=\n)", re.I)
+_LEAD = re.compile(r"(?:[\s*_:：>$]|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
+# Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
+_END = re.compile(r"(?<!\b[A-J])[.?。](?=[\s*]|$)|(?<=[a-z][a-z])!|>>|,?\s+(?:because|since)\b|\n")
+
+
+def _boxed(text):
+    r"""Content of the last closed, non-empty \boxed{}; of nested boxes the innermost.
+
+    One pass with a stack: a model that loops to its token limit writes thousands of boxes, the
+    last of them cut off, and counting braces anew from every one would be quadratic.
+    """
+    stack, start, end = [], -1, -1
+    for match in _BRACE.finditer(text):
+        token = match.group()
+        if token == "}" and stack:
+            opened = stack.pop()
+            if opened > start and text[opened:match.start()].strip():
+                start, end = opened, match.start()
+        elif token[-1] == "{" and token != r"\{":
+            stack.append(match.end() if "boxed" in token else -1)
+    return text[start:end].strip() if start >= 0 else None
+
+
+def _tagged(text):
+    """Content of the last <answer>..</answer>, else of the last "short answer" field of a JSON."""
+    head, closed, _ = text.rpartition("</answer>")
+    _, opened, inside = head.rpartition("<answer>")
+    if closed and opened:
+        return inside.strip()
+    for match in deque(_JSON.finditer(text), maxlen=1):
+        quoted, bare = match.groups()
+        return (bare or quoted.replace("\\\\", "\\").replace('\\"', '"')).strip()
+    return None
+
+
+def extract(prediction, labels=None):
+    """(answer or None, rule): what the response commits to, never what it merely mentions.
+
+    The last box, else the last <answer> or JSON field, else the last "answer is", else the whole
+    response if it is nothing but an answer. With `labels` (a dict label -> option text, or only
+    the labels) the answer is a label, and an option's exact text as the last line counts too.
+    """
+    text = prediction.rpartition("</think>")[2].strip()
+    if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
+        return None, "unclosed think"
+    if labels and not isinstance(labels, dict):
+        labels = dict.fromkeys(labels, "")
+    for rule, answer in (("boxed", _boxed(text)), ("tag", _tagged(text))):
+        if answer:                  # final even if it names no option: no searching further
+            return labels and _pick(answer, labels) or answer, rule
+    # A phrase loop holds thousands of commits; its last few say all that it has to say.
+    for match in reversed(deque(_COMMIT.finditer(text), maxlen=20)):
+        rest = text[_LEAD.match(text, match.end()).end():][:MAX_CHARS]
+        sentence = _END.split(rest, maxsplit=1)[0].strip()
+        if not labels and sentence and (match[1] or "answer").lower() == "answer":
+            return sentence, "commit"
+        picked = labels and _pick(sentence, labels)
+        if picked == "" or labels and sentence.startswith("not "):
+            return None, "none"     # "B or C", "not B": the older commits are withdrawn by it
+        if picked:
+            return picked, "commit"
+    lines = text.splitlines() or [""]
+    if labels:
+        picked = _pick(text, labels, cue=False) if len(lines) == 1 else None
+        last = _option_with_text(lines[-1], labels)
+        return (picked or last, "whole" if picked else "last line" if last else "none")
+    if 1 <= len(text.split()) <= 5 and len(lines) == 1 or _value(text) is not None:
+        return text, "whole"
+    return None, "none"
+
+
+# ---- 2) Multiple choice ------------------------------------------------------------------------
+
+def _table(options):
+    """Ordered label -> text. A list gets A, B, C..; "A. red" loses the label that it repeats."""
+    if not isinstance(options, dict):
+        options = dict(zip(string.ascii_uppercase, options or ()))
+    table = {str(label): re.sub(rf"^\s*\(?{re.escape(str(label))}[.:)．]\s*", "", str(text)).strip()
+             for label, text in options.items()}
+    # Blank cells of a table are options that this item lacks, unless all are: pictures.
+    return {label: text for label, text in table.items() if text} or table
+
+
+def _option_with_text(answer, labels):
+    """The label of the one option that reads `answer`, else of the one that has its value."""
+    texts = {_plain(text): label for label, text in reversed(labels.items()) if text}
+    if _plain(answer) in texts:
+        return texts[_plain(answer)]
+    value = _value(answer)
+    hits = [label for label in texts.values() if value and _same(value, _value(labels[label]))]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _pick(answer, labels, cue=True):
+    """The label(s) that `answer` names ("B" or "C, D"), None if none, "" if it contradicts itself.
+
+    `cue`: the answer stood in a box or after "answer is", where "b" and "B because.." mean B.
+    Without a cue only `B`, `(B)` and `B. text` do. "A rectangle has.." names nothing, ever.
+    """
+    text, flags = normalise(answer[:MAX_CHARS]), re.S | re.I if cue else re.S
+    if cue:
+        text = re.sub(r"^(?:the )?(?:correct )?(?:option|choice|letter)[\s:]+", "", text, flags=re.I)
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    spelled = {label.casefold(): label for label in labels}
+    lone = [re.fullmatch(rf"[(\[]?\s*({names})\s*[)\]]?\.?", part, flags)
+            for part in re.split(r"\s*(?:,|;|&|\n|\band\b)\s*", text)]
+    if all(lone):
+        return ", ".join(sorted({spelled[match[1].casefold()] for match in lone}))
+    by_text = _option_with_text(text, labels)   # before "C ..": an option may read "C major"
+    match = re.match(rf"[(\[]?\s*({names})\s*([)\]]?)(?![\w'])\**(.*)", text, flags)
+    if by_text or not match:
+        return by_text
+    name, bracket, rest = match.groups()
+    label, said = spelled[name.casefold()], _plain(rest.strip(" .:,;-()"))
+    own = said and said == _plain(labels[label])
+    if re.match(rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b", rest) or (
+            said and not own and said in map(_plain, labels.values())):
+        return ""                               # "B or C"; "B. 12 cm" where 12 cm is option C
+    # With only a blank between, "B because" is fine, but A, I and small letters may be words.
+    wordlike = name in ("A", "I") or name not in labels
+    follows = r" (?:because|since|as|is|which)\b" if wordlike else r" [\w(]"
+    clear = own or bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest) or cue and re.match(follows, rest)
+    return label if clear else None
+
+
+# ---- 3) One spelling for everything ------------------------------------------------------------
+
+_COMMANDS = {word: symbol for symbol, words in {
+    r"\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≠": "ne neq",
+    "<": "lt", ">": "gt", "≈": "approx simeq", "*": "times cdot ast", "/": "div", "±": "pm",
+    "∪": "cup", "∈": "in", "∞": "infty", "π": "pi", "°": "degree", "∠": "angle", ":": "colon",
+    " ": "quad qquad", "|": "vert lvert rvert", "": "left right big bigl bigr displaystyle",
+}.items() for word in words.split()}
+# 掳 is a degree sign that somebody upstream decoded as Chinese (MathVerse).
+_CHARACTERS = str.maketrans({
+    **dict.fromkeys("−–—‐‑‒", "-"), **dict.fromkeys("×·⋅∙", "*"), **dict.fromkeys("掳º˚", "°"),
+    **dict.fromkeys("\u200b\ufeff△", None), "÷": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]", "’": "'"})
+_REWRITE = [(re.compile(old), new) for old, new in (
+    (r"\\\\(?=[A-Za-z])", r"\\"),                               # a command escaped twice
+    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|rm|bm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+    # Some copies of Geometry3K are in capitals: 12 \PI, 2 \SQRT { 221 }.
+    (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1].lower(), m[0].lower())),
+    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","), (r"\\[,;:! >]|~", " "), (r"\\\\", "\n"),
+    (r"\\\{", "⦃"), (r"\\\}", "⦄"),                             # braces of a set, not of a group
+    (r"\\([%&#_])", r"\1"), (r"\\?[$€£]|\\[\[\]()]", ""),
+    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
+    (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*", ""),           # a power in code, else bold type
+    (r"\\frac\s*(\d)", r"\\frac{\1}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"), (r"[^\S\n]+", " "), (r"\s*\n\s*", "\n"),
+    (r"^[\s*_]+|[\s*_.,;。]+$", ""), (r"^([\"'`])(.*)\1$", r"\2"))]
+_MONTHS = {name[:3]: name for name in (
+    "january february march april may june july august september october november december"
+).split()} | {"sept": "september"}
+
+
+def _unfold(match):
+    """NFKC alone would turn m² into m2, x₁ into x1 and 1½ into 11/2, so these go first."""
+    plain = unicodedata.normalize("NFKC", match.group()).replace("⁄", "/")
+    return f" {plain}" if "/" in plain else f"{'_' if match.group() >= '₀' else '^'}{{{plain}}}"
+
+
+def normalise(text):
+    """One spelling per meaning, idempotent. Capital and small letters stay distinct."""
+    if len(text) > MAX_CHARS:
+        return " ".join(text.split())
+    for _ in range(9):              # taking off one layer can uncover another: \text{\text{5}}
+        before, text = text, re.sub("[⁰¹²³⁴-⁹⁺⁻]+|[₀-₉]+|[¼-¾⅐-⅞]", _unfold, text)
+        text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+        for pattern, new in _REWRITE:
+            text = pattern.sub(new, text)
+        if text == before:
+            break
+    return text
+
+
+def _plain(text):
+    """The form in which texts are compared: caseless, blanks only where blanks mean something."""
+    text = " ".join(normalise(text).casefold().split())
+    # "N 34° W" is N34°W, but "3 1/2" is not 31/2 and "not able" is not notable.
+    text = re.sub(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\d) (?=\d)", "\0", text).replace(" ", "")
+    return _MONTHS.get(text, text.replace("\0", " "))
+
+
+# ---- 4) A small calculator ---------------------------------------------------------------------
+
+class Unreadable(Exception):
+    """Not mathematics, or more of it than this file is willing to compute."""
+
+
+_TOKEN = re.compile(
+    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z]_(?:\w|\{\w{1,9}\})|\\?[A-Za-z]+|\S")
+_CONSTANTS = {"π": math.pi, "pi": math.pi, "e": math.e}
+_GREEK = {"\\" + name for name in "alpha beta gamma delta theta lambda mu rho phi omega".split()}
+# Operator -> (how tightly it binds, function).
+_SUM, _PRODUCT, _POWER = 1, 2, 3
+_BINARY = {"+": (_SUM, operator.add), "-": (_SUM, operator.sub),
+           "*": (_PRODUCT, operator.mul), "/": (_PRODUCT, operator.truediv)}
+_CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|"}
+
+
+def _tokens(text):
+    for token in _TOKEN.findall(text):
+        if len(token) == 1 or not token.isalpha() or token in ("pi", "sqrt"):
+            yield token
+        elif len(token) <= 3 and token.islower():
+            yield from token                # xy is x times y
+        else:
+            raise Unreadable(token)         # a word, or a segment AB
+
+
+def _power(base, exponent):
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        # The size is known before the work is done: 9^9^9 stops here, not at a gigabyte.
+        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if abs(exponent) > MAX_POWER or bits * abs(exponent) > MAX_BITS:
+            raise Unreadable("power too big")
+        return base ** int(exponent)
+    if base < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
+        return _power(-base, exponent) * (-1) ** exponent.numerator     # the cube root of -8
+    if base < 0:
+        raise ArithmeticError("not real")
+    return float(base) ** float(exponent)
+
+
+class _Parser:
+    """Operator precedence by recursive descent, evaluating as it reads.
+
+    Exact Fractions while all is rational, floats after that, ArithmeticError where undefined. A
+    variable has a fixed value per `point`, so two formulas can be compared without any algebra.
+    """
+    def __init__(self, text, point=0):
+        self.tokens, self.depth, self.bars = [*_tokens(text)][::-1], 0, False   # the next is last
+        self.point, self.names = point, set()
+        self.value = self.expression()
+        if self.tokens:
+            raise Unreadable(self.tokens[-1])
+
+    @property
+    def next(self):
+        return self.tokens[-1] if self.tokens else "\0"
+
+    def take(self, wanted=None):
+        if not self.tokens or wanted not in (None, self.tokens[-1]):
+            raise Unreadable("unexpected token or end")
+        return self.tokens.pop()
+
+    def expression(self, above=0):
+        """Everything ahead that binds tighter than `above`."""
+        self.depth += 1                     # every way to nest passes through here
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("too deep")
+        if self.next in "+-":               # -2^2 is -(2^2)
+            sign, value = self.take(), self.expression(max(above, _SUM))
+            value = -value if sign == "-" else value
+        else:
+            value = self.atom()
+        while True:
+            name = self.next
+            if name in _BINARY and above < _BINARY[name][0]:
+                level, function = _BINARY[self.take()]
+                value = function(value, self.expression(level))
+            elif name == "^" and above <= _POWER:           # to the right: 2^3^2 is 2^9
+                self.take()
+                value = _power(value, self.atom() if self.next == "{" else self.expression(_POWER))
+            elif name == "!" and isinstance(value, Fraction) and value in range(171):
+                value = Fraction(math.factorial(int(value))) if self.take() else value
+            # 2x and 2(3) are products. "2 3" and "{8}{5}" are not: nobody knows what they mean.
+            elif above < _PRODUCT and (name[0].isalpha() or name[0] in "\\(["
+                                       or name == "|" and not self.bars):
+                value *= self.expression(_PRODUCT)
+            else:
+                self.depth -= 1
+                return value
+            if isinstance(value, Fraction) and (
+                    value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS):
+                raise Unreadable("number too long")
+
+    def atom(self):
+        token = self.take()
+        if token[0].isdigit() or token[0] == "." and len(token) > 1:
+            if abs(int(re.split("[eE]", token + "e0")[1])) > MAX_POWER:
+                raise Unreadable("exponent too big")
+            return Fraction(token)
+        if token in _CLOSE:
+            outside, self.bars = self.bars, token == "|"
+            value = self.expression()
+            self.take(_CLOSE[token])
+            self.bars = outside
+            return abs(value) if token == "|" else value
+        if token == r"\frac":
+            return self.atom() / self.atom()
+        if token in (r"\sqrt", "sqrt"):
+            n = self.atom() if self.next == "[" else 2
+            return _power(self.atom(), Fraction(1) / n)
+        if token in _CONSTANTS:
+            return _CONSTANTS[token]
+        if token in _GREEK or "α" <= token <= "ω" or token[0].isascii() and token[0].isalpha():
+            self.names.add(token)
+            # In -8..8. crc32 and not hash(), which Python salts anew in every process.
+            return zlib.crc32(f"{token} {self.point}".encode()) / 2 ** 28 - 8
+        raise Unreadable(token)
+
+
+def _evaluate(body, point=0):
+    """(value, has variables); the value is NaN where `body` is undefined."""
+    try:
+        parser = _Parser(body, point)
+        return parser.value, bool(parser.names)
+    except ArithmeticError:
+        return math.nan, True
+
+
+# ---- 5) What an answer denotes -----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Value:
+    """An item (a number or a formula), a relation, or a group. `x = 5 cm`: name x, body 5."""
+    kind: str                               # "item"; the sign in `body = 0`; brackets of a group,
+    body: str = ""                          # "," for none, ":" for a ratio, "clock" for a time
+    number: Fraction | float | None = None  # of an item without variables
+    unit: str = ""
+    items: tuple = ()                       # of a group
+    name: str = ""
+
+
+_UNITS = {spelling: row.split()[0] for row in (
+    "mm millimeter", "cm centimeter centimetre", "m meter metre", "km kilometer", "in inch inches",
+    "ft foot feet", "yd yard", "mi mile", "mL ml", "L liter litre", "mg", "g gram", "kg kilogram",
+    "lb pound", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "N",
+    "J", "W", "V", "K", "Hz", "Pa", "mol", "dollar", "cent", "unit", "°C", "°F", "° deg degree",
+    "% percent pct") for word in row.split() for spelling in {word, word + "s" * (len(word) > 1)}}
+_ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{? ?\d ?\}?)?"
+_UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
+
+_NAME = re.compile(r"(?:m?∠ ?)?([A-Za-z][A-Za-z0-9_ ]{0,30}|\\[a-z]+|[α-ω]|\([a-z], ?[a-z]\))"
+                   r"(\([A-Za-z]\))? ?([=≈:∈]) ?(?=\S)")
+_NOT_MATH = re.compile(r"(?!pi$)[^\W\d_]{2,}|\d{1,2}/\d{1,2}/\d{4}")        # a word, a date
+_MIXED = re.compile(r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}|(?<= )(\d+)/(\d+))"
+                    r"(?![\d.])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])")
+_COMMA = r"(?<!\d),|,(?!\d{3}(?!\d))"       # between the items of a list, not inside 1,000
+
+
+def _value(text):
+    """The Value of a text, None if it is no mathematics."""
+    try:
+        return _read(normalise(text)) if len(text) <= MAX_CHARS else None
+    except Unreadable:
+        return None
+
+
+def _read(text, depth=0):
+    """Normalised text to Value, loosest binding first: or, comma, name, brackets, =, ratio."""
+    text = text.strip(" \n,;")
+    if not text or depth > MAX_DEPTH or _NOT_MATH.fullmatch(text):
+        raise Unreadable(text)
+    if "±" in text:
+        return Value("{}", items=tuple(_read(text.replace("±", s), depth + 1) for s in "+-"))
+    for kind, separator in (("{}", r"∪|\bor\b"), (",", rf"\n|;|{_COMMA}|\band\b|&")):
+        if len(parts := _split(text, separator)) > 1:
+            return _group(kind, parts, depth)
+    match = _NAME.match(text)
+    if match and (match[3] != ":" or len(match[1]) > 1):
+        value = _read(text[match.end():], depth + 1)        # f(x) = .. is y = ..
+        return replace(value, name="y" if match[2] else match[1].strip())
+    text = text.partition("≈")[0].strip()                   # 9π ≈ 28.27 is 9π
+    depths = [*accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text)]
+    if text[:1] in (*"([{⦃",) and text[-1] in ")]}⦄" and all(depths[:-1]):  # one pair around all
+        inside = text[1:-1]
+        parts = _split(inside, rf";|{_COMMA}" if ", " in inside or ";" in inside else ",")
+        if len(parts) > 1 or text[0] == "⦃":
+            return _group("{}" if text[0] in "{⦃" else text[0] + text[-1], parts, depth)
+    sides = re.split("([<≤>≥=])", text)
+    if len(sides) > 1:
+        return _relation(sides[::2], sides[1::2])
+    if len(parts := _split(text, ":")) > 1:
+        clock = re.fullmatch(r"\d{1,2}(?::[0-5]\d){1,2}", text)
+        return _group("clock" if clock else ":", parts, depth)
+    return _item(text)
+
+
+def _split(text, separator):
+    """Cut at the separators outside all brackets; "(" may close with "]", as intervals do."""
+    parts, start, depth = [], 0, 0
+    for match in re.finditer(rf"[()\[\]{{}}⦃⦄]|(?P<cut>{separator})", text):
+        if match["cut"] is None:
+            depth += 1 if match.group() in "([{⦃" else -1
+        elif depth == 0:
+            parts.append(text[start:match.start()])
+            start = match.end()
+    return parts + [text[start:]]
+
+
+def _group(kind, parts, depth):
+    items = [_read(part, depth + 1) for part in parts]
+    names = {item.name for item in items}
+    if len(items) > MAX_ITEMS or kind in (":", "clock") and not all(i.number for i in items):
+        raise Unreadable("group")
+    if kind in ("{}", ",") and items[0].name and len(names - {""}) == 1:
+        # n = 1, 2, 3 or x = 2 or x = 3: several values of one unknown, so their order is free
+        kind, items = "{}", [replace(item, name="") for item in items]
+    elif all(len(name) == 1 for name in names):
+        items.sort(key=lambda item: item.name)              # y = 3, x = 2 is the point (2, 3)
+    return Value(kind, items=tuple(items))
+
+
+def _relation(sides, signs):
+    """An equation or inequality. A chain is the set of its links; of equal numbers, the number."""
+    if signs[0] in ">≥":                                    # x > 3 is 3 < x
+        sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
+    values = [_item(side) for side in sides]
+    if None not in [value.number for value in values]:
+        if set(signs) == {"="} and all(_near(value, values[0]) for value in values):
+            return values[0]                                # 18/2 = 9, but never 5 = 6
+        raise Unreadable("no relation between numbers")
+    links = [Value(s, f"({a})-({b})") for a, s, b in zip(sides, signs, sides[1:])]
+    return links[0] if len(links) == 1 else Value("{}", items=tuple(links))
+
+
+def _item(text):
+    """A number, with or without a unit, or a formula."""
+    text = _THOUSANDS.sub(lambda match: re.sub("[ ,]", "", match.group()), text.strip())
+    if text in ("∞", "+∞", "-∞"):
+        return Value("item", text, -math.inf if text[0] == "-" else math.inf)
+    match = _UNIT.search(text)
+    body = match and text[:match.start()].strip()
+    # "3 + 2m" is a formula in m, "3 m" a length: a lone letter is the unit of a product only.
+    if body and not (re.fullmatch("[A-Za-z]", match.group()) and re.search(r".[-+]", body)):
+        words = re.findall(r"[A-Za-z]+|[°%][CF]?|\d|/", match[2].replace("per ", "/"))
+        unit = "".join(_UNITS.get(word, word) for word in words)
+        unit += {"s": "2", "c": "3"}.get((match[1] or "")[:1], "")
+        try:
+            return replace(_item(body), unit=unit)
+        except Unreadable:
+            pass
+    body = _MIXED.sub(r"(\1+\2\4/\3\5)", text)
+    # Where a formula is undefined at one point, sqrt(x - 5) at 0, another point has to do.
+    values = (_evaluate(body, point) for point in range(POINTS))
+    value, variables = next((v for v in values if math.isfinite(v[0])), (math.nan, False))
+    if not math.isfinite(value):
+        raise Unreadable("undefined")
+    return Value("item", body, None if variables else value)
+
+
+# ---- 6) Are two values the same? ---------------------------------------------------------------
+
+def _near(p, g, precision=None, tolerance=None):
+    """Two numbers with units. A missing unit is forgiven, another one is another answer."""
+    if p.unit and g.unit and p.unit != g.unit:
+        return False
+    scales = [1]
+    if p.unit != g.unit and "%" in (p.unit, g.unit):        # 28% may stand for 28 or for 0.28
+        scales.append(Fraction(1, 100) if p.unit else 100)
+    return any(_close(p.number * s, g.number, g.body, precision, tolerance) for s in scales)
+
+
+def _close(a, b, printed="", precision=None, tolerance=None):
+    if a == b:
+        return True
+    decimals = re.fullmatch(r"[-+]?\d*\.(\d{2,})", printed)
+    try:
+        if tolerance is not None:
+            return abs(a - b) <= Fraction(str(tolerance))
+        # 0.33 is one third written down. 0.3 could be anything; 0.00 and 0.05 are no roundings.
+        if precision is None and decimals and len(re.sub(r"^[-+0.]*|\.", "", printed)) > 1:
+            precision = len(decimals[1])
+        if precision is not None:
+            return abs(a - b) <= Fraction(1, 2) / Fraction(10) ** precision
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        return not exact and abs(a - b) <= 1e-6 * max(abs(a), abs(b)) < math.inf
+    except (ArithmeticError, ValueError):                   # a number beyond any float
+        return False
+
+
+def _same(p, g, near=_near):
+    """Prediction against gold; `near` compares two numbers."""
+    if p is None or g is None:
+        return False
+    a, b = p.name.casefold(), g.name.casefold()
+    # x = 5 is not y = 5, but a bare 5, or A = 5 for Area = 5, names no other quantity
+    named = a.startswith(b) or b.startswith(a)
+    if p.items and g.items:
+        return named and _same_group(p, g, near)
+    if p.number is not None or g.number is not None:
+        return named and None not in (p.number, g.number) and near(p, g)
+    if p.kind == g.kind == "item" and (a == b or not a or not b):
+        return _proportional(p, g)
+    # y = 2x + 1 against 2x - y + 1 = 0
+    p, g = (Value("=", f"({v.name})-({v.body})") if v.kind == "item" and len(v.name) == 1 else v
+            for v in (p, g))
+    return p.kind == g.kind in "<≤=" and _proportional(p, g)
+
+
+def _same_group(p, g, near):
+    kinds, a, b = {p.kind, g.kind}, p.items, [*g.items]
+    if len(a) != len(b):
+        return False
+    if ":" in kinds and kinds <= {":", "clock"}:    # 2:4 is 1:2, but at 2:40 it is not 1:20
+        return all(_close(x.number * b[0].number, y.number * a[0].number) for x, y in zip(a, b))
+    if len(kinds) > 1 and kinds not in ({",", "()"}, {",", "[]"}, {",", "{}"}):
+        return False                                # (-2, 1) is not (-2, 1]
+    if "{}" not in kinds:
+        return all(_same(x, y, near) for x, y in zip(a, b))
+    for x in a:
+        hit = next((y for y in b if _same(x, y, near)), None)
+        if hit is None:
+            return False
+        b.remove(hit)
+    return True
+
+
+def _proportional(p, g):
+    """Is p = c g at all points? c is 1 for formulas, positive for < and ≤, free for equations."""
+    ratios = []
+    for point in range(POINTS):
+        a, b = (float(_evaluate(value.body, point)[0]) for value in (p, g))
+        if math.isfinite(a) != math.isfinite(b):
+            return False                            # sqrt(x)^2 and x differ in their domain
+        if abs(a) > 1e-12 and abs(b) > 1e-12:
+            ratios.append(a / b)
+        elif max(abs(a), abs(b)) > 1e-9:
+            return False
+    c = 1 if g.kind == "item" or not ratios else ratios[0]
+    return (len(ratios) > 1 and all(abs(ratio - c) <= 1e-9 * abs(c) for ratio in ratios)
+            and (c > 0 or g.kind == "="))
+
+
+# ---- 7) The verdict ----------------------------------------------------------------------------
+
+_LETTERS = re.compile(r"\(?[A-J]\)?\.?(?:\s*[,\n]\s*\(?[A-J]\)?)*")
+
+
+def grade(prediction, gold, options=None, kind="auto", precision=None, *, tolerance=None,
+          boxed_required=False):
+    r"""Grade one response (the response only: a prompt may hold a \boxed{} of its own).
+
+    gold            str, or a list of them of which any one will do
+    options         ordered option texts, or a dict label -> text, of a multiple-choice item
+    kind            "choice": labels, gold is a label or an option's text; "number" and "math": by
+                    value, as text if the gold is no mathematics; "text": caseless equality;
+                    "list": by value, in order, whatever the brackets; "auto": from gold, options
+    precision       decimals to which a number must agree (MathVista)
+    tolerance       absolute error allowed instead (DynaMath: 0.001)
+    boxed_required  only a \boxed{} counts, as a training reward wants it
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+    verdict = Grade(False, None, "none", "no gold")
+    for one in [gold] if isinstance(gold, str) else gold:
+        one = (_boxed(one) or _tagged(one) or one).strip()
+        verdict = _grade(prediction, one, _table(options), kind, boxed_required,
+                         lambda p, g: _near(p, g, precision, tolerance))
+        if verdict.correct:
+            break
+    return verdict
+
+
+def _grade(prediction, gold, labels, kind, boxed_required, near):
+    choice = kind == "choice" or kind == "auto" and (labels or _LETTERS.fullmatch(gold))
+    known = labels or dict.fromkeys("ABCDEFGHIJ", "")
+    wanted = _pick(gold, known) if choice else None
+    if choice and labels and not wanted:
+        return Grade(False, None, "none", "the gold is no option")
+    answer, rule = extract(prediction, known if wanted else None)
+    if boxed_required and rule != "boxed":
+        return Grade(False, None, rule, "no box")
+    if answer is None and not wanted and _plain(prediction) == _plain(gold):
+        answer, rule = prediction.strip(), "whole"      # a gold longer than `extract` dares to take
+    if answer is None or not _plain(gold):
+        return Grade(False, answer, rule, "no gold" if answer else "no answer")
+    if wanted:
+        named = set(answer.split(", ")) <= set(known)
+        # Duplicate options are one option, whichever of their labels is named.
+        a, b = (_plain(known.get(label, "")) or label for label in (answer, wanted))
+        return Grade(a == b, answer, rule, "option" if named else "names no option")
+    if _plain(answer) == _plain(gold):
+        return Grade(True, answer, rule, "same text")
+    g = None if kind == "text" else _value(gold)
+    p = None if g is None else _value(answer)
+    if g is not None and p is None and rule == "whole":
+        return Grade(False, None, "none", "no answer")  # prose around a number is no number
+    if kind == "list" and p and g:
+        p, g = (Value(",", items=value.items or (value,)) for value in (p, g))
+    if _same(p, g, near):
+        return Grade(True, answer, rule, "same value")
+    reason = "different text" if g is None else "unreadable" if p is None else "different value"
+    return Grade(False, answer, rule, reason)
+
+
+if __name__ == "__main__":
+    print(grade(*sys.argv[1:3]))

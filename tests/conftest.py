@@ -1,0 +1,64 @@
+"""Shared fixtures: the shipped tiny checkpoint, toy records, and the project's root on the path."""
+import copy
+import os
+import random
+import sys
+from pathlib import Path
+
+# Before torch is imported: two threads on a busy two-core machine spin on each other (QWEN3VL.md).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import model as qwen  # noqa: E402
+from data import toy  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """(model, processor) of the shipped checkpoint, loaded once. Do not change it: use `tiny`."""
+    return qwen.load(qwen.TINY, device="cpu")
+
+
+@pytest.fixture
+def tiny(loaded):
+    """A fresh copy of the tiny model and its processor."""
+    model, processor = loaded
+    return copy.deepcopy(model), processor
+
+
+@pytest.fixture(scope="session")
+def records():
+    """24 toy records with PIL pictures of three sizes, so that every batch is ragged."""
+    rng, out = random.Random(5), []
+    for n in range(24):
+        scene = toy.make_scene(rng, "test")
+        record = toy.make_record(scene, toy.make_question(scene, rng), f"t-{n}", "")
+        out.append({**record, "images": [toy.draw(scene, rng)]})
+    return out
+
+
+@pytest.fixture(scope="session")
+def ragged(loaded, records):
+    """Four prompts of different length, with one, no, two and one picture."""
+    _, processor = loaded
+    two = {"images": records[1]["images"] + records[2]["images"], "question": "Are they alike?"}
+    text = {"images": [], "question": "What is behind the door?"}
+    return [processor.prompt(record) for record in (records[0], text, two, records[3])]
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """A small toy world on disk."""
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    toy.write(folder, train=40, test=16, seed=3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,380 @@
+"""distill.py: the step, the loop, the command line. Everything on the tiny checkpoint."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import cue_recovery
+import distill
+import evaluate
+import model as qwen
+import teacher as teaching
+from conftest import ROOT
+from rollout import sample
+
+
+def config(**changes) -> distill.Config:
+    small = dict(batch_size=6, sample_batch=6, max_new_tokens=12, lr=1e-3, cue_lr=1e-3, warmup=1,
+                 steps=4, micro_batch_tokens=100_000)
+    return distill.Config(**{**small, **changes})
+
+
+class KeepGradients:
+    """Stands in for the optimizer: keeps the gradients and changes nothing."""
+
+    def __init__(self, student):
+        self.student = student
+
+    def step(self, step):
+        self.kept = {n: p.grad.clone() for n, p in self.student.named_parameters()
+                     if p.grad is not None}
+        self.student.zero_grad()
+        return 1.0
+
+
+def one_step(tiny, records, step=0, **changes):
+    """(metrics, gradients) of a training step that updates nothing."""
+    student, processor = tiny
+    teacher = teaching.frozen_copy(student)
+    if getattr(student, "cue_recovery", None) is None:
+        cue_recovery.attach(student, every=2)
+    keep = KeepGradients(student)
+    metrics, _ = distill.training_step(student, teacher, processor, records[:6], config(**changes),
+                                       step, keep)
+    return metrics, keep.kept
+
+
+# ---------------------------------------------------------------------------- the step
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "sampled"])
+def test_step_student_equals_teacher_gives_zero(tiny, records, kind):
+    """PITFALLS 16: without privilege the frozen copy is the student, module and all."""
+    metrics, gradients = one_step(tiny, records, privilege="none", loss=kind)
+    assert abs(metrics["loss"]) < 1e-5
+    assert max(float(g.abs().max()) for g in gradients.values()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_step_with_privilege_has_a_loss_and_moves_the_module(tiny, records, kind):
+    metrics, gradients = one_step(tiny, records, privilege="cue", loss=kind)
+    assert metrics["loss"] > 1e-3
+    moved = [n for n, g in gradients.items() if n.startswith("cue_recovery.") and g.abs().max() > 0]
+    # W_O = 0 at the start: nothing behind it has a gradient yet, and W_O itself has
+    assert moved and all(".output." in name for name in moved)
+
+
+def test_step_accumulation_does_not_change_the_gradient(tiny, records):
+    """PITFALLS 18: divided by the whole batch's counts, so 1 x 6 and 6 x 1 rows give one gradient."""
+    whole, a = one_step(tiny, records, micro_batch_tokens=100_000)
+    single, b = one_step(tiny, records, micro_batch_tokens=1)
+    assert whole["loss"] == pytest.approx(single["loss"], rel=1e-4)
+    for key in ("entropy", "gap_front", "gap_back", "length"):   # sums, not the last micro-batch
+        assert whole[key] == pytest.approx(single[key], rel=1e-3)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=2e-6)
+
+
+def test_step_loss_equals_scoring_each_row_alone(tiny, records):
+    """PITFALLS 7, 8 and 10: shift, mask and padding, against one unpadded row at a time."""
+    student, processor = tiny
+    teacher = teaching.frozen_copy(student)
+    prompts = [processor.prompt(r) for r in records[:6]]
+    rollout = distill.sample_all(student, processor, prompts, config(), seed=0)
+    total = 0.0
+    for record, ids, n in zip(records, rollout.ids, rollout.lengths.tolist()):
+        logprobs = []
+        for model, hint in ((student, None), (teacher, teaching.hint(record, "cue"))):
+            prompt = processor.prompt(record, hint)
+            prompt.ids = prompt.ids + ids[:n].tolist()
+            with torch.no_grad():
+                logits = model(**processor.batch([prompt])).logits[0, -n - 1:-1]
+            logprobs.append(logits.double().log_softmax(-1))
+        p, q = logprobs
+        total += float((q.exp() * (q - p)).sum(-1).mean()) / 6
+    metrics, _ = one_step((student, processor), records)
+    assert metrics["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_step_samples_differ_between_steps_and_repeat_for_one(tiny, records):
+    """PITFALLS 22 and 25: draws come from (seed, step), so a resumed run repeats them exactly."""
+    student, processor = tiny
+    prompts = [processor.prompt(records[0])] * 8
+    hot = config(temperature=3.0)
+    first = distill.sample_all(student, processor, prompts, hot, seed=1).ids
+    assert torch.equal(first, distill.sample_all(student, processor, prompts, hot, seed=1).ids)
+    other = distill.sample_all(student, processor, prompts, hot, seed=2).ids
+    assert first.shape != other.shape or not torch.equal(first, other)
+    assert len({tuple(row.tolist()) for row in first}) > 4
+
+
+def test_sample_in_parts_keeps_order(tiny, records):
+    student, processor = tiny
+    prompts = [processor.prompt(r) for r in records[:5]]
+    greedy = config(temperature=0.0)
+    whole = distill.sample_all(student, processor, prompts, greedy, seed=0)
+    parts = distill.sample_all(student, processor, prompts,
+                               config(temperature=0.0, sample_batch=2), seed=0)
+    assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.lengths, parts.lengths)
+
+
+def test_micro_batches_cover_all_rows_within_the_budget(tiny, records):
+    student, processor = tiny
+    prompts = [processor.prompt(r) for r in records]
+    hinted = [processor.prompt(r, r["cue"]) for r in records]
+    rollout = distill.sample_all(student, processor, prompts, config(sample_batch=24), seed=0)
+    groups = distill.micro_batches(prompts, hinted, rollout, 300)
+    assert sorted(row for group in groups for row in group) == list(range(24))
+    assert len(groups) > 1
+    for group in groups:
+        longest = max(len(hinted[row].ids) + int(rollout.lengths[row]) for row in group)
+        assert len(group) == 1 or longest * len(group) <= 300
+
+
+def test_batches_read_every_record_once_an_epoch():
+    data = [{"id": n} for n in range(10)]
+    seen = [r["id"] for step in range(5) for r in distill.batch_of(data, step, 4, seed=0)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:] != list(range(10))
+    assert seen[4:8] == [r["id"] for r in distill.batch_of(data, 1, 4, seed=0)]
+
+
+def test_hints_are_counted_as_whole_words_in_any_case():
+    """Table 8 of the paper: rows with the word, and how often it stands there."""
+    from rollout import Rollout
+    rollout = Rollout(torch.zeros(3, 2), torch.tensor([2, 1, 2]), torch.tensor([True, True, False]),
+                      torch.zeros(3, 2))
+    got = distill.describe(rollout, ["The [hint] says: HINT", "hints are hinting", "no"])
+    assert (got["hint_rows"], got["hint_count"]) == (1, 2)
+    assert got["length"] == pytest.approx(5 / 3) and got["cut_off"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("train, moving", [("all", "visual"), ("language", "language"), ("cue", "cue")])
+def test_only_the_chosen_weights_are_trained(tiny, train, moving):
+    student, _ = tiny
+    cue_recovery.attach(student, every=2)
+    names = [name for name, _ in distill.choose_weights(student, train)]
+    kinds = {"visual": any(".visual." in n for n in names),
+             "language": any("language_model" in n for n in names),
+             "cue": any("cue_recovery" in n for n in names)}
+    assert kinds[moving] and kinds["cue"]
+    assert kinds["visual"] == (train == "all") and kinds["language"] == (train != "cue")
+    assert len(names) == len(set(names)) and "lm_head.weight" not in names   # tied: once
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def test_an_unknown_flag_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        distill.read_config(["--learning-rate", "1"])
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_the_toy_settings_hold_for_the_tiny_student_only():
+    toy_run, _ = distill.read_config(["--lr", "0.25"])
+    real, _ = distill.read_config(["--student", "Qwen/Qwen3-VL-2B-Instruct"])
+    assert toy_run.lr == 0.25 and toy_run.steps == distill.TOY["steps"]
+    assert real.lr == 1e-6 and real.batch_size == 128 and real.steps == 275
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--student", "Qwen/No-Such-Model"], "the tiny default"),
+    (["--student", "/no/such/folder"], "the tiny default"),
+    (["--data", "/no/such/file.jsonl"], "/no/such/file.jsonl"),
+    (["--max-prompt-tokens", "3"], "--max-prompt-tokens"),
+    (["--teacher", "/no/such/folder"], "/no/such/folder"),
+])
+def test_wrong_input_gets_one_line(argv, message, tmp_path, monkeypatch, toy_folder):
+    monkeypatch.chdir(tmp_path)
+    data = [] if "--data" in argv else ["--data", str(toy_folder / "train.jsonl")]
+    with pytest.raises(SystemExit) as stop:
+        distill.main([*argv, *data])
+    text = str(stop.value)
+    assert message in text and "\n" not in text
+
+
+def test_a_record_without_its_privilege_is_refused_before_training(toy_folder, tmp_path, monkeypatch):
+    """PITFALLS 27: a teacher that falls back to the plain prompt has KL 0 and teaches nothing."""
+    monkeypatch.chdir(tmp_path)
+    lines = (toy_folder / "train.jsonl").read_text().splitlines()
+    broken = json.loads(lines[2])
+    del broken["cue"]
+    data = toy_folder / "broken.jsonl"
+    data.write_text("\n".join([*lines[:2], json.dumps(broken), *lines[3:]]))
+    with pytest.raises(SystemExit, match=r"broken.jsonl:3: .*cue"):
+        distill.main(["--data", str(data), "--eval-data", str(toy_folder / "test.jsonl")])
+
+
+def other_vocabulary(folder, target):
+    """A checkpoint like the tiny one whose tokenizer swaps two tokens: same size, other meaning."""
+    import shutil
+    shutil.copytree(folder, target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["red"], vocab["blue"] = vocab["blue"], vocab["red"]
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return target
+
+
+def test_a_teacher_that_swaps_two_words_is_refused(tmp_path, monkeypatch, toy_folder):
+    """PITFALLS 4: equal vocabulary sizes are not enough, ids must mean the same."""
+    monkeypatch.chdir(tmp_path)
+    other = other_vocabulary(qwen.TINY, tmp_path / "other")
+    with pytest.raises(SystemExit, match="name 2 tokens differently"):
+        distill.main(["--teacher", str(other), "--data", str(toy_folder / "train.jsonl")])
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+SMALL = ["--batch-size", "4", "--sample-batch", "4", "--max-new-tokens", "8", "--eval-limit", "8",
+         "--save-every", "1", "--eval-every", "2", "--device", "cpu"]
+
+
+def command(toy_folder, name, *more):
+    return ["--data", str(toy_folder / "train.jsonl"), "--name", name, *SMALL, *more]
+
+
+def losses(folder):
+    return [m["loss"] for m in checkpoint.read_jsonl(folder / "metrics.jsonl")]
+
+
+def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "a", "--steps", "3"))
+    printed, folder = capsys.readouterr().out, tmp_path / "runs" / "a"
+    result = json.loads((folder / "result.json").read_text())
+    assert {"base_accuracy", "teacher_accuracy", "student_accuracy", "student_interval", "n",
+            "seconds", "student_grounded"} <= result.keys() and result["n"] == 8
+    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3] and "accuracy" in metrics[1]
+    assert {"loss", "gap_front", "gap_back", "entropy", "length", "cut_off", "hint_rows", "hint_count",
+            "gradient_norm", "skipped", "sample_tokens_per_second"} <= metrics[0].keys()
+    assert len(checkpoint.read_jsonl(folder / "rollouts.jsonl")) == 4
+    assert "| student" in printed and "--model" in printed
+    from transformers import AutoModelForImageTextToText
+    AutoModelForImageTextToText.from_pretrained(folder / "checkpoint")
+    # evaluate.py gives the same number again, from the checkpoint alone
+    evaluate.main(["--model", str(folder / "checkpoint"), "--out", str(tmp_path / "rows.jsonl"),
+                   "--device", "cpu"])
+    rows = checkpoint.read_jsonl(tmp_path / "rows.jsonl")
+    assert sum(r["correct"] for r in rows) / len(rows) == result["student_accuracy"]
+    # and the folder is not overwritten by a second run of that name
+    with pytest.raises(SystemExit, match="exists"):
+        distill.main(command(toy_folder, "a", "--steps", "3"))
+
+
+@pytest.mark.parametrize("more", [("--teacher", "ema", "--privilege", "answer"),
+                                  ("--teacher", str(qwen.TINY), "--privilege", "rationale",
+                                   "--loss", "sampled", "--train", "language"),
+                                  ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
+                                  ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
+def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "b", "--steps", "1", *more))
+    folder = tmp_path / "runs" / "b"
+    assert math.isfinite(losses(folder)[0])
+    assert (folder / "checkpoint" / qwen.CUE_FILE).exists() == ("--no-cue-recovery" not in more)
+
+
+def test_the_warning_when_the_privilege_changes_nothing(toy_folder, tmp_path, monkeypatch, capsys):
+    """PITFALLS 27: print teacher accuracy with privilege, and warn when it is that of the base."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.loads(line) for line in (toy_folder / "train.jsonl").read_text().splitlines()]
+    data = toy_folder / "useless.jsonl"
+    data.write_text("".join(json.dumps({**r, "cue": "."}) + "\n" for r in lines))
+    distill.main(["--data", str(data), "--eval-data", str(data), "--name", "w", *SMALL, "--steps", "1",
+                  "--max-new-tokens", "1"])
+    assert "WARNING: the privilege" in capsys.readouterr().out
+
+
+def test_five_non_finite_steps_end_the_run(toy_folder, tmp_path, monkeypatch):
+    """PITFALLS 29: a skipped step is counted and logged, and a run of them is not trained through."""
+    monkeypatch.chdir(tmp_path)
+
+    original = distill.response_states
+    monkeypatch.setattr(distill, "response_states", lambda *a: original(*a) * float("nan"))
+    with pytest.raises(FloatingPointError, match="five times"):
+        distill.main(command(toy_folder, "n", "--steps", "9"))
+    metrics = checkpoint.read_jsonl(tmp_path / "runs" / "n" / "metrics.jsonl")
+    assert [m["skipped"] for m in metrics] == [1, 1, 1, 1]
+
+
+def start(arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *arguments], cwd=cwd,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_steps(folder, count, process):
+    deadline = time.time() + 120
+    while len(checkpoint.read_jsonl(folder / "metrics.jsonl")) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+def test_a_killed_and_a_stopped_run_resume_to_the_same_losses(toy_folder, tmp_path, monkeypatch):
+    """PITFALLS 22: SIGKILL at some moment, then Ctrl-C, then to the end: one sequence of losses."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--steps", "9", "--teacher", "ema"]
+    distill.main(command(toy_folder, "whole", *arguments))
+    folder = tmp_path / "runs" / "cut"
+    process = start(command(toy_folder, "cut", *arguments, "--save-every", "2"), tmp_path)
+    wait_for_steps(folder, 3, process)
+    time.sleep(random.Random().random() * 0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = start(["--resume", str(folder)], tmp_path)
+    wait_for_steps(folder, 5, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    if process.returncode != 0:        # else it was already at the end when the signal came
+        assert process.returncode == 130 and f"--resume {folder}" in said
+    distill.main(["--resume", str(folder)])
+    assert losses(folder) == losses(tmp_path / "runs" / "whole")
+    a, b = (qwen.load(tmp_path / "runs" / n / "checkpoint")[0].state_dict() for n in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_takes_no_other_settings(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        distill.read_config(["--resume", str(tmp_path), "--lr", "1"])
+    assert "leave out lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        distill.read_config(["--resume", str(tmp_path / "none")])
+    assert "args.json does not exist" in capsys.readouterr().err
+
+
+def test_swapped_pictures_change_both_models(tiny, records):
+    """PITFALLS 12: an engine that never loads the vision weights still shows a falling loss."""
+    student, processor = tiny
+    teacher = teaching.frozen_copy(student)
+    a, b = dict(records[0]), dict(records[0], images=records[1]["images"])
+    same_size = [r for r in records[1:] if r["images"][0].size == a["images"][0].size]
+    b["images"] = same_size[0]["images"]
+    for model in (student, teacher):
+        one, two = (model.requires_grad_(False)(**processor.batch([processor.prompt(r)])).logits[0, -1] for r in (a, b))
+        assert float((one - two).abs().max()) > 1e-3
+
+
+def test_sampled_vision_ids_are_impossible(tiny, records):
+    """PITFALLS 6: even a student that wants nothing else never says <|image_pad|>."""
+    student, processor = tiny
+    student.config.text_config.tie_word_embeddings = False
+    head = torch.nn.Linear(*reversed(student.lm_head.weight.shape), bias=True)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.fill_(-9.0)
+    head.bias.data[[processor.image_id, processor.video_id]] = 90.0
+    student.lm_head = head
+    batch = processor.batch([processor.prompt(r) for r in records[:4]])
+    got = sample(student, batch, max_new_tokens=16, stop_ids=processor.stop_ids,
+                 banned_ids=processor.banned_ids, generator=torch.Generator().manual_seed(0))
+    assert not torch.isin(got.ids, torch.tensor([processor.image_id, processor.video_id])).any()

@@ -1,0 +1,178 @@
+"""evaluate.py and data/toy.py: counting, grounded answers, and the toy world's own promises."""
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import model as qwen
+from data import records as record_files, toy
+
+
+def test_every_question_stays_in_the_denominator():
+    """An answer that cannot be read is wrong, not left out."""
+    record = {"id": "1", "question": "How many?", "answer": "2", "images": []}
+    rows = [evaluate.judge(record, text, True, 5)
+            for text in ("The answer is \\boxed{2}.", "no idea", "", "\\boxed{3}")]
+    got = evaluate.summarise(rows)
+    assert (got["n"], got["accuracy"], got["unparsed"]) == (4, 0.25, 0.5)
+
+
+def test_interval_holds_at_the_ends():
+    """Wilson's interval of 0 of n and n of n is inside [0, 1] and not empty."""
+    low, high = evaluate.interval(0, 20)
+    assert abs(low) < 1e-12 and 0.1 < high < 0.2
+    low, high = evaluate.interval(20, 20)
+    assert 0.8 < low < 0.9 and abs(high - 1) < 1e-12
+
+
+def test_grounded_needs_evidence_that_is_there():
+    record = {"id": "1", "images": [], "question": "How many red shapes are there?", "answer": "1",
+              "objects": ["a red circle at row 1 column 2", "a blue square at row 2 column 1"]}
+    box = "The answer is \\boxed{1}."
+    cases = {f"I see a red circle at row 1 column 2. {box}": True,
+             f"I see a red circle at row 3 column 2. {box}": False,       # invented place
+             f"The [hint] says 1. {box}": False,                          # no evidence at all
+             "I see a red circle at row 1 column 2. The answer is \\boxed{2}.": False}
+    for text, expected in cases.items():
+        assert evaluate.judge(record, text, True, 5)["grounded"] is expected, text
+    assert "grounded" not in evaluate.judge({**record, "objects": None} | {"objects": []}, box, True, 5) \
+        or not evaluate.judge({**record, "objects": []}, box, True, 5)["grounded"]
+
+
+def test_evaluation_counts_what_was_cut_off(tiny, records):
+    model, processor = tiny
+    rows = evaluate.evaluate(model, processor, records[:6], max_new_tokens=2, batch_size=4)
+    assert [row["id"] for row in rows] == [r["id"] for r in records[:6]]
+    assert all(row["length"] == 2 and not row["stopped"] for row in rows)
+    assert evaluate.summarise(rows)["cut_off"] == 1.0
+
+
+def test_evaluation_does_not_depend_on_the_batch(tiny, records):
+    model, processor = tiny
+    one, six = (evaluate.evaluate(model, processor, records[:6], max_new_tokens=24, batch_size=size)
+                for size in (1, 6))
+    assert [row["response"] for row in one] == [row["response"] for row in six]
+
+
+def test_table_is_markdown_and_shows_the_hint_count():
+    rows = [evaluate.judge({"id": "1", "question": "q", "answer": "2", "images": []},
+                           "The hint says \\boxed{2}", True, 5)]
+    text = evaluate.table({"base": evaluate.summarise(rows)})
+    head, rule, body = text.splitlines()
+    assert head.count("|") == rule.count("|") == body.count("|") and "grounded" not in head
+    assert "hint rows" in head and "100.0" in body
+
+
+def test_command_line_reports_bad_input_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="evaluate.py: .*no such record file"):
+        evaluate.main(["--model", str(qwen.TINY), "--data", str(tmp_path / "none.jsonl")])
+
+
+def test_command_line_with_a_hint(toy_folder, tmp_path, capsys):
+    evaluate.main(["--model", str(qwen.TINY), "--data", str(toy_folder / "test.jsonl"), "--privilege",
+                   "answer", "--max-new-tokens", "8", "--out", str(tmp_path / "rows.jsonl"),
+                   "--limit", "4", "--device", "cpu"])
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    assert "accuracy" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- the toy world
+
+def scenes(split, count=300):
+    rng = random.Random(1)
+    return [toy.make_scene(rng, split) for _ in range(count)]
+
+
+def test_toy_train_and_test_share_no_picture():
+    assert not set(scenes("train", 3000)) & set(scenes("test", 1000))
+
+
+def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        toy.write(tmp_path / name, train=6, test=4, seed=seed)
+    a, b, c = ((tmp_path / n / "train.jsonl").read_text() for n in "abc")
+    assert a == b != c
+    picture = "images/train/3.png"
+    assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+def test_toy_records_are_records(toy_folder):
+    records = record_files.load(toy_folder / "train.jsonl", ("cue", "rationale"))
+    assert len(records) == 40 and len({Image.open(r["images"][0]).size for r in records}) > 1
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_toy_solution_gives_the_answer_and_the_cue_only_the_evidence(kind):
+    """A cue that contained the answer, or evidence that is not there, would spoil the comparison."""
+    rng = random.Random(2)
+    for scene in scenes("train"):
+        question = toy.make_question(scene, rng, kind)
+        record = toy.make_record(scene, question, "x", "x.png")
+        solution = question.solution(question.relevant(scene.things))
+        assert evaluate.judge(record, solution, True, 1)["correct"], (record, solution)
+        assert evaluate.judge(record, solution, True, 1)["grounded"]
+        assert record["cue"] == f"The picture shows {toy.listing(question.relevant(scene.things))}."
+        assert "answer" not in record["cue"]
+        assert record["rationale"].endswith(f"the answer is {record['answer']}.")
+
+
+@pytest.mark.parametrize("kind", toy.KINDS)
+def test_toy_answers_equal_a_count_by_hand(kind):
+    rng = random.Random(3)
+    for scene in scenes("test", 100):
+        question = toy.make_question(scene, rng, kind)
+        words = question.text.rstrip("?").split()
+        mine = [t for t in scene.things if t.colour in words and (
+            question.kind != "locate" or t.shape in words)]
+        expected = {"count": lambda: str(len(mine)), "add": lambda: str(sum(t.row for t in mine)),
+                    "locate": lambda: str(mine[0].row),
+                    "compare": lambda: winner(mine, words)}[question.kind]()
+        assert toy.make_record(scene, question, "x", "x")["answer"] == expected
+
+
+def winner(things, words):
+    named = [w for w in words if w in toy.COLOURS]
+    counts = [sum(t.colour == name for t in things) for name in named]
+    return "equal" if counts[0] == counts[1] else named[counts.index(max(counts))]
+
+
+def test_toy_pictures_show_their_things():
+    """The middle of a thing's cell has its colour, an empty cell has the paper's."""
+    rng = random.Random(4)
+    for scene in scenes("test", 30):
+        picture = toy.draw(scene, rng)
+        assert picture.size == (scene.columns * toy.CELL, scene.rows * toy.CELL)
+        full = {(t.row, t.column): toy.COLOURS[t.colour] for t in scene.things}
+        for row in range(1, scene.rows + 1):
+            for column in range(1, scene.columns + 1):
+                got = picture.getpixel((int((column - .5) * toy.CELL), int((row - .5) * toy.CELL)))
+                want = full.get((row, column), toy.PAPER)
+                assert max(abs(a - b) for a, b in zip(got, want)) < 40, (scene, row, column)
+
+
+def test_tiny_checkpoint_is_small_and_ordinary():
+    """Under 8 MB; DeepStack, M-RoPE and a tied head; control tokens at ids of its own."""
+    config = json.loads((qwen.TINY / "config.json").read_text())
+    assert sum(f.stat().st_size for f in qwen.TINY.iterdir()) < 8_000_000
+    assert config["tie_word_embeddings"] and config["vision_config"]["deepstack_visual_indexes"]
+    assert config["text_config"]["rope_parameters"]["mrope_section"]
+    assert max(config["vision_config"]["deepstack_visual_indexes"]) < config["vision_config"]["depth"]
+    assert config["image_token_id"] < 1000
+
+
+def test_tiny_checkpoint_is_what_the_default_run_needs(tiny):
+    """It sees, follows a cue, and errs when alone: without this gap there is nothing to recover."""
+    model, processor = tiny
+    rng, rows = random.Random(6), []
+    for n in range(64):
+        scene = toy.make_scene(rng, "test")
+        record = toy.make_record(scene, toy.make_question(scene, rng), str(n), "")
+        rows.append({**record, "images": [toy.draw(scene, rng)]})
+    alone = evaluate.summarise(evaluate.evaluate(model, processor, rows, max_new_tokens=96))
+    hinted = evaluate.summarise(evaluate.evaluate(model, processor, rows, max_new_tokens=96,
+                                                  hint=lambda r: r["cue"]))
+    assert alone["accuracy"] < 0.7 and hinted["accuracy"] > alone["accuracy"] + 0.25
+    assert torch.get_num_threads() >= 1

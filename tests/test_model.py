@@ -1,0 +1,612 @@
+"""model.py: prompts, pictures, batches and checkpoints, each held against what transformers does.
+
+    OMP_NUM_THREADS=1 python -m pytest -q tests/test_model.py
+
+"Reference" below is the slow, general way: the chat template through Jinja, the image processor of
+transformers, the model's own get_rope_index. Names with a pitfall number are bugs others had.
+"""
+import doctest
+import functools
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import cue_recovery
+import model as qwen
+
+REAL = qwen.TINY.parents[2] / "shared" / "qwen3-tokenizer"
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+TAIL = ["<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
+TEXTS = ["How many red shapes are there?", "", " leading and trailing  ", "\n\nblank lines\n",
+         "tabs\tand\r\nreturns", "日本語、émigré, 🙂🏽, e\u0301", "Find $x$: \\frac{1}{2}x^2 = 8.",
+         "<b>not | a < control > token</b>", "12345678901234567890"]
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """A processor with Qwen3's own tokenizer and Qwen3-VL's own ids and picture settings."""
+    if not (REAL / "tokenizer.json").exists():
+        pytest.skip("shared/qwen3-tokenizer is not here")
+    folder = tmp_path_factory.mktemp("real")
+    write = {"config.json": {"model_type": "qwen3_vl", "image_token_id": 151655,
+                             "video_token_id": 151656, "text_config": {"vocab_size": 151936},
+                             "vision_config": {"patch_size": 16, "spatial_merge_size": 2}},
+             "preprocessor_config.json": {"patch_size": 16, "merge_size": 2, **HALF, "size": {
+                 "shortest_edge": 65536, "longest_edge": 16777216}},
+             "generation_config.json": {"eos_token_id": [151645, 151643], "pad_token_id": 151643}}
+    for name, value in write.items():
+        (folder / name).write_text(json.dumps(value))
+    (folder / "tokenizer.json").symlink_to(REAL / "tokenizer.json")
+    return qwen.Processor(folder)
+
+
+@pytest.fixture(params=["tiny", "real"])
+def processor(request, loaded):
+    """The processor of the tiny checkpoint, then the one with the real tokenizer."""
+    return loaded[1] if request.param == "tiny" else request.getfixturevalue("real")
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def reference_pixels(processor, images):
+    """Qwen's image processor of transformers, on Pillow."""
+    kind = getattr(transformers, "Qwen2VLImageProcessorPil", transformers.Qwen2VLImageProcessor)
+    try:
+        hf = kind(patch_size=processor.patch, merge_size=processor.merge, **HALF,
+                  min_pixels=processor.min_pixels, max_pixels=processor.max_pixels)
+    except ImportError:
+        pytest.skip("this transformers (5.4) has no image processor without torchvision")
+    out = hf(images=images, return_tensors="pt")
+    return out["pixel_values"], [tuple(grid) for grid in out["image_grid_thw"].tolist()]
+
+
+@functools.cache
+def reference_tokenizer(folder):
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def reference_ids(processor, record, hint=None, template=None):
+    """The chat template through transformers, then one pad a visual token."""
+    hf = reference_tokenizer(processor.folder)
+    text = record["question"] + ("" if hint is None else f"\n[Hint]: {hint}")
+    if record["images"]:
+        text = [{"type": "image"}] * len(record["images"]) + [{"type": "text", "text": text}]
+    messages = [{"role": "system", "content": qwen.SYSTEM}, {"role": "user", "content": text}]
+    text = hf.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False,
+        chat_template=template or (qwen.TINY / "chat_template.jinja").read_text())
+    grids = reference_pixels(processor, record["images"])[1] if record["images"] else []
+    first, *others = text.split("<|image_pad|>")
+    pads = ["<|image_pad|>" * (t * h * w // processor.merge**2) for t, h, w in grids]
+    text = first + "".join(pad + other for pad, other in zip(pads, others, strict=True))
+    return hf(text, add_special_tokens=False)["input_ids"]
+
+
+def copy_folder(folder, **changes):
+    """The tiny checkpoint in `folder`; changes: file stem = dict of top-level keys to replace."""
+    shutil.copytree(qwen.TINY, folder)
+    for stem, keys in changes.items():
+        path = folder / f"{stem}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    return folder
+
+
+def logits_of(model, processor, prompts, side="left"):
+    with torch.no_grad():
+        return model(**processor.batch(prompts, side)).logits
+
+
+def test_doctests():
+    result = doctest.testmod(qwen)
+    assert result.attempted >= 3 and result.failed == 0
+
+
+# ---------------------------------------------------------------------------- prompts
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+@pytest.mark.parametrize("hint", [None, "a red circle at row 1\n column 2"])
+def test_prompt_is_the_chat_template(processor, images, hint):
+    pictures = [noise(60 + 40 * n, 100, n) for n in range(images)]
+    for text in TEXTS:
+        record = {"images": pictures, "question": text}
+        assert processor.prompt(record, hint).ids == reference_ids(processor, record, hint)
+
+
+def test_text_prompt_is_the_template_that_ships_with_qwen3(real):
+    template = json.loads((REAL / "tokenizer_config.json").read_text())["chat_template"]
+    for text in TEXTS:
+        record = {"images": [], "question": text}
+        assert real.prompt(record).ids == reference_ids(real, record, template=template)
+
+
+def test_tiny_folder_is_a_tokenizer_of_transformers():
+    """What other software loads from the folder gives the same prompt by its own template."""
+    hf = transformers.PreTrainedTokenizerFast.from_pretrained(qwen.TINY)
+    messages = [{"role": "system", "content": qwen.SYSTEM}, {"role": "user", "content": TEXTS[0]}]
+    text = hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ours = qwen.Processor(qwen.TINY).prompt({"images": [], "question": TEXTS[0]}).ids
+    assert hf(text, add_special_tokens=False)["input_ids"] == ours
+
+
+def test_control_strings_in_a_record_stay_text(processor):
+    """A question that contains "<|im_end|>" must not end the turn, nor "<|image_pad|>" ask for a
+    picture: for every control token the prompt has those of the format, and no more."""
+    control = set(processor.control.values())
+    assert len(control) >= 7
+    plain = processor.prompt({"images": [], "question": "a"}, hint="b").ids
+    skeleton = [i for i in plain if i in control]
+    for name in processor.control:
+        text = f" {name} {name}x\n{name * 2}\n"
+        ids = processor.encode(text)
+        assert not control & set(ids)
+        assert processor.decode([*ids, *processor.stop_ids, processor.pad_id]) == text
+        asked = processor.prompt({"images": [], "question": text}, hint=text).ids
+        assert [i for i in asked if i in control] == skeleton
+
+
+def test_several_pictures_keep_their_order(processor):
+    pictures = [noise(300, 90), noise(64, 200, 1), noise(128, 128, 2)]
+    alone = [processor.prompt({"images": [p], "question": ""}) for p in pictures]
+    prompt = processor.prompt({"images": pictures, "question": "Which?"})
+    assert prompt.grids == [p.grids[0] for p in alone] and len(set(prompt.grids)) == 3
+    assert torch.equal(prompt.pixels, torch.cat([p.pixels for p in alone]))
+    runs = "".join("*" if i == processor.image_id else " " for i in prompt.ids).split()
+    assert [len(run) for run in runs] == [t * h * w // 4 for t, h, w in prompt.grids]
+
+
+def test_pitfall_2_teacher_and_student_share_header_and_prefix(processor):
+    """OPSD#10: the teacher's prompt ended in another assistant header than the student's, so that
+    the first tokens of every answer were scored as a disagreement. Only the hint may differ."""
+    record = {"images": [noise(96, 64)], "question": "Which shape is red"}
+    student, teacher = processor.prompt(record), processor.prompt(record, "a circle")
+    tail = processor._encode(*[(t, 1) if t.startswith("<") else t for t in TAIL])
+    start = len(student.ids) - len(tail)
+    assert student.ids[start:] == teacher.ids[-len(tail):] == tail
+    assert student.ids[:start] == teacher.ids[:start]
+    assert teacher.ids[start:-len(tail)] == processor.encode("\n[Hint]: a circle")
+    assert student.grids == teacher.grids and torch.equal(student.pixels, teacher.pixels)
+
+
+def test_pitfall_3_stop_ids_are_a_set_from_the_generation_config(processor, tmp_path):
+    """ms-swift#9526: one model stops at 151645, another at 151643 too; a single eos id is wrong.
+    The config may hold a list, one number, null or nothing; <|im_end|> always stops."""
+    end, text = processor.control["<|im_end|>"], processor.control["<|endoftext|>"]
+    assert processor.stop_ids == {end, text}
+    for number, (value, expected) in enumerate(
+            [(473, {473, 475}), ([473, 3], {3, 473, 475}), (None, {475}), ([], {475})]):
+        folder = copy_folder(tmp_path / str(number), generation_config={"eos_token_id": value})
+        assert qwen.Processor(folder).stop_ids == expected
+    (folder / "generation_config.json").unlink()
+    assert qwen.Processor(folder).stop_ids == {475}
+
+
+def test_pitfall_6_vision_ids_are_never_sampled(processor):
+    """verl#7038, EasyR1#110: the policy sampled <|image_pad|>, and scoring died with "image
+    features and image tokens do not match". Banned: control ids but the stops, unused rows."""
+    banned, stop = set(processor.banned_ids), processor.stop_ids
+    control = {i for name, i in processor.control.items() if name.startswith("<|")}
+    rows = json.loads((processor.folder / "config.json").read_text())["text_config"]["vocab_size"]
+    unused = set(range(rows)) - set(processor.vocab.values())
+    assert unused and {processor.image_id, processor.video_id} <= control - stop
+    assert banned == (control - stop) | unused
+    assert not banned & set(processor.encode("".join(TEXTS)))
+
+
+# ---------------------------------------------------------------------------- pictures
+
+@pytest.mark.parametrize("size", [(48, 64), (700, 500), (333, 97), (16, 16), (1, 1), (5, 3),
+                                  (1, 200), (200, 1), (600, 3)])
+def test_pixels_are_those_of_transformers(loaded, size):
+    """From one pixel to more than the budget: the same grid, and not a bit of difference."""
+    _, processor = loaded
+    prompt = processor.prompt({"images": [noise(*size)], "question": ""})
+    pixels, grids = reference_pixels(processor, [noise(*size)])
+    assert prompt.grids == grids and (prompt.pixels - pixels).abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "LA", "1", "CMYK", "RGBA", "YCbCr", "I"])
+def test_pixels_of_every_mode_are_those_of_transformers(loaded, mode):
+    """PITFALLS 15. Transparent pictures agree from transformers 5.22, which puts them on white."""
+    if "A" in mode and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 22):
+        pytest.skip("this transformers drops the alpha channel")
+    image = noise(56, 40)
+    if "A" in mode:
+        image.putalpha(noise(56, 40, 1).convert("L"))
+    image = image.convert(mode)
+    pixels, _ = reference_pixels(loaded[1], [image])
+    prompt = loaded[1].prompt({"images": [image], "question": ""})
+    assert (prompt.pixels - pixels).abs().max() == 0
+
+
+def test_real_patch_size_is_that_of_transformers(real):
+    pixels, grids = reference_pixels(real, [noise(400, 300), noise(50, 700, 1)])
+    prompt = real.prompt({"images": [noise(400, 300), noise(50, 700, 1)], "question": ""})
+    assert prompt.grids == grids and torch.equal(prompt.pixels, pixels)
+
+
+@pytest.mark.parametrize("tag, stored", [
+    (2, Image.Transpose.FLIP_LEFT_RIGHT), (3, Image.Transpose.ROTATE_180),
+    (4, Image.Transpose.FLIP_TOP_BOTTOM), (5, Image.Transpose.TRANSPOSE),
+    (6, Image.Transpose.ROTATE_90), (7, Image.Transpose.TRANSVERSE),
+    (8, Image.Transpose.ROTATE_270)])
+def test_pitfall_15_exif_rotation_is_undone(loaded, tmp_path, tag, stored):
+    """Qwen3-VL#1352: a phone's photograph reached the model lying on its side. A file and an
+    opened picture, turned by the tag, are the upright one; length() knows the swapped sides."""
+    _, processor = loaded
+    upright, exif = noise(96, 32), Image.Exif()
+    exif[0x0112] = tag
+    upright.transpose(stored).save(tmp_path / "photo.png", exif=exif)
+    expected = processor.prompt({"images": [upright], "question": "?"})
+    for source in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        record = {"images": [source], "question": "?"}
+        prompt = processor.prompt(record)
+        assert prompt.grids == expected.grids and torch.equal(prompt.pixels, expected.pixels)
+        assert processor.length(record) == len(prompt.ids)
+    assert qwen.to_rgb(Image.open(tmp_path / "photo.png")).tobytes() == upright.tobytes()
+
+
+def test_nonsense_orientation_is_ignored(loaded, tmp_path):
+    """Cameras write what the standard does not know (9, or text where a number belongs); the
+    picture is then taken as it is."""
+    for entry in (b"\0\3\0\0\0\1\0\x09\0\0", b"\0\2\0\0\0\3up\0\0"):   # SHORT 9, ASCII "up"
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12" + entry + bytes(4)
+        noise(32, 48).save(tmp_path / "odd.png", exif=exif)
+        assert Image.open(tmp_path / "odd.png").getexif()[0x0112] in (9, "up")
+        prompt = loaded[1].prompt({"images": [tmp_path / "odd.png"], "question": ""})
+        assert prompt.grids == [(1, 6, 4)]
+
+
+@pytest.mark.parametrize("top", [65535, 4000, 200])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, top):
+    """Pillow's convert("RGB") makes everything above 255 of 65,535 white; and a picture too
+    dark to reach 255 must stay dark, not be taken for one of 8 bits."""
+    values = np.linspace(0, top, 40 * 24).reshape(24, 40).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = Image.open(tmp_path / "deep.png")
+    assert image.mode == "I;16"
+    got = np.asarray(qwen.to_rgb(image)).astype(float)
+    assert got.shape == (24, 40, 3) and abs(got - values[:, :, None] / 257).max() <= 1
+
+
+def test_transparency_shows_white(loaded):
+    """RGBA and a palette with a transparent colour (PNG tRNS) look as a viewer shows them."""
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([255, 0, 0])
+    palette.info["transparency"] = 0
+    for image in (clear, palette, clear.convert("LA"), clear.convert("RGBa")):
+        assert (loaded[1].prompt({"images": [image], "question": ""}).pixels == 1).all()
+
+
+def png_bytes(image, cut=None):
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()[:cut]
+
+
+@pytest.mark.parametrize("content, reason", [
+    (png_bytes(noise(64, 64), 3000), "truncated"), (b"%PDF-1.7 not a picture", "cannot identify"),
+    (b"", "cannot identify"), (png_bytes(noise(201 * 4, 4)), "more than 200 times"),
+    (png_bytes(noise(4, 201 * 4)), "4 x 804"), (None, "No such file")])
+def test_pitfall_15_what_cannot_be_read_is_refused_by_name(loaded, tmp_path, content, reason):
+    """One broken file among 100,000 stops a run at an unknown place. The message names the record,
+    the file and the reason, and the ratio of 200 itself is still read."""
+    path = tmp_path / "broken.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        loaded[1].prompt({"id": "geo-17", "images": [path], "question": ""})
+    assert "record geo-17" in str(error.value) and "broken.png" in str(error.value)
+    assert loaded[1].prompt({"images": [noise(800, 4)], "question": ""}).grids
+
+
+def test_any_kind_of_decoder_error_names_the_record(loaded, monkeypatch):
+    """Pillow's AVIF reader raises RuntimeError on a damaged file, others struct.error or KeyError:
+    a list of exception types forgot some."""
+    def broken(image):
+        raise RuntimeError("Failed to decode frame 0")
+    monkeypatch.setattr(qwen, "to_rgb", broken)
+    with pytest.raises(ValueError, match="record a-1: cannot decode .* frame 0"):
+        loaded[1].prompt({"id": "a-1", "images": [noise(32, 32)], "question": ""})
+
+
+def test_pitfall_15_decompression_bomb_is_refused(loaded, tmp_path, monkeypatch):
+    """A file of a few bytes may claim gigabytes of pixels: Pillow's limit holds, with the name."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    noise(64, 64).save(tmp_path / "bomb.png")
+    record = {"id": "b-2", "images": [tmp_path / "bomb.png"], "question": ""}
+    for call in (loaded[1].prompt, loaded[1].length):
+        with pytest.raises(ValueError, match="record b-2: .*bomb.png.* exceeds limit"):
+            call(record)
+
+
+def test_length_is_the_length_of_the_prompt(processor, tmp_path):
+    noise(90, 250).save(tmp_path / "tall.jpg")
+    for images in ([], [tmp_path / "tall.jpg"], [noise(7, 9), tmp_path / "tall.jpg"]):
+        for hint in (None, "look left"):
+            record = {"images": images, "question": "How many?"}
+            assert processor.length(record, hint) == len(processor.prompt(record, hint).ids)
+
+
+@pytest.mark.parametrize("low, high", [(1024, 65536), (256, 4096), (30000, 40000)])
+def test_pixel_budget(low, high):
+    """The resized picture stays within the budget, and is the one transformers makes."""
+    processor = qwen.Processor(qwen.TINY, min_pixels=low, max_pixels=high)
+    images = [noise(*size) for size in ((20, 20), (64, 48), (150, 400), (900, 700))]
+    prompt = processor.prompt({"images": images, "question": ""})
+    assert prompt.grids == reference_pixels(processor, images)[1]
+    assert all(low <= h * w * 8 * 8 <= high for _, h, w in prompt.grids)
+
+
+def test_a_thin_picture_keeps_one_row_of_tokens():
+    """qwen-vl-utils (Qwen3-VL#2121) rounded the short side of a thin picture down to zero."""
+    processor = qwen.Processor(qwen.TINY, min_pixels=256, max_pixels=4096)
+    for images, thin in ([noise(3600, 20)], 1), ([noise(20, 3600)], 2):
+        grid, = processor.prompt({"images": images, "question": ""}).grids
+        assert grid[thin] == 2 and [grid] == reference_pixels(processor, images)[1]
+
+
+def test_impossible_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="5000.* above .*4000"):
+        qwen.Processor(qwen.TINY, min_pixels=5000, max_pixels=4000)
+    clip = copy_folder(tmp_path / "clip", preprocessor_config={"image_mean": [0.48, 0.46, 0.41]})
+    with pytest.raises(ValueError, match="image_mean is .*0.48"):
+        qwen.Processor(clip)
+    ids = copy_folder(tmp_path / "ids", config={"image_token_id": 12})
+    with pytest.raises(ValueError, match="image_pad.* is 12, tokenizer.json says 478"):
+        qwen.Processor(ids)
+
+
+# ---------------------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_are_the_models_own(loaded, ragged, side):
+    model, processor = loaded
+    batch = processor.batch(ragged, side)
+    names = "input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"
+    expected, _ = model.model.get_rope_index(**{name: batch[name] for name in names})
+    real = batch["attention_mask"].bool().expand(3, -1, -1)
+    assert torch.equal(batch["position_ids"][real], expected[real])
+    assert batch["attention_mask"][:, -1 if side == "left" else 0].all() and not real.all()
+    assert batch["image_grid_thw"].shape == (4, 3)
+
+
+def test_pitfall_10_left_and_right_padding_give_the_same_logits(loaded, ragged):
+    """nanoVLM#116 lost .036 of a benchmark by the wrong side, and a right-padded prompt samples
+    its first token from padding. Either side is right here; left ends all rows in a real token."""
+    model, processor = loaded
+    sides = {side: processor.batch(ragged, side) for side in ("left", "right")}
+    assert sides["left"]["attention_mask"][:, -1].all()
+    left, right = (logits_of(model, processor, ragged, side)[batch["attention_mask"].bool()]
+                   for side, batch in sides.items())
+    assert (left - right).abs().max() < 2e-5 * left.abs().max()
+
+
+def test_padded_is_alone(loaded, ragged):
+    model, processor = loaded
+    together = logits_of(model, processor, ragged)
+    for row, prompt in enumerate(ragged):
+        alone = logits_of(model, processor, [prompt])[0]
+        difference = together[row, -len(prompt.ids):] - alone
+        assert difference.abs().max() < 2e-5 * alone.abs().max()
+
+
+def test_pitfall_13_token_types_are_padded_with_the_ids(loaded, ragged):
+    """trl#5785: ids were padded on the left and mm_token_type_ids on the right, so that the model
+    gave picture positions to words. They mark exactly the visual tokens, on both sides."""
+    _, processor = loaded
+    for side in ("left", "right"):
+        batch = processor.batch(ragged, side)
+        kinds = batch["mm_token_type_ids"]
+        assert torch.equal(kinds == 1, batch["input_ids"] == processor.image_id)
+        assert kinds.sum(1).tolist() == [
+            sum(h * w // 4 for _, h, w in prompt.grids) for prompt in ragged]
+    with pytest.raises(ValueError, match="'middle'"):
+        processor.batch(ragged, "middle")
+
+
+def test_pitfall_12_swapping_the_picture_changes_the_logits(loaded, records):
+    """KDFlow#9: one engine never loaded the vision weights. The loss fell normally and the score
+    was 1 %. Two pictures of one size, the same words: the same logits before, others after."""
+    model, processor = loaded
+    picture = records[0]["images"][0]
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    first, second = (processor.prompt({**records[0], "images": [p]}) for p in (picture, other))
+    assert first.ids == second.ids
+    a, b = (logits_of(model, processor, [prompt])[0] for prompt in (first, second))
+    start = first.ids.index(processor.image_id)
+    assert torch.equal(a[:start], b[:start])
+    assert (a[-1] - b[-1]).abs().max() > 1e-3 * a.abs().max()
+
+
+def test_text_only_batch_has_no_pictures(loaded):
+    model, processor = loaded
+    prompts = [processor.prompt({"images": [], "question": text}) for text in TEXTS[:2]]
+    batch = processor.batch(prompts)
+    assert "pixel_values" not in batch and "image_grid_thw" not in batch
+    assert torch.isfinite(logits_of(model, processor, prompts)).all()
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def make_model(tied):
+    """A model of the tiny shape with random weights; untied, its head is another matrix."""
+    config = transformers.AutoConfig.from_pretrained(qwen.TINY)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    return model
+
+
+@pytest.mark.parametrize("cue", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_pitfall_23_save_then_load_gives_equal_logits(loaded, ragged, tmp_path, tied, cue):
+    """sglang#18024: 2B ties its head to the embedding and 8B does not; the embedding was copied
+    over an untied head. Both survive, with the module and without, and the folder is an ordinary
+    one: transformers alone loads the base model from it."""
+    model, processor = make_model(tied), loaded[1]
+    base = logits_of(model, processor, ragged)
+    if cue:
+        for block in cue_recovery.attach(model, 2).blocks.values():
+            torch.nn.init.normal_(block.output.weight, std=0.1)
+    expected = logits_of(model, processor, ragged)
+    qwen.save(model, processor, tmp_path / "deep" / "out")
+    again, other = qwen.load(tmp_path / "deep" / "out", device="cpu")
+    assert torch.equal(logits_of(again, other, ragged), expected)
+    assert torch.equal(expected, base) != cue and hasattr(again, "cue_recovery") == cue
+    plain, _ = qwen.load(tmp_path / "deep" / "out", device="cpu", cue=False)
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "deep" / "out",
+                                                                     dtype=torch.float32)
+    for model in (plain, stock.eval()):
+        assert torch.equal(logits_of(model, processor, ragged), base)
+    with safe_open(tmp_path / "deep" / "out" / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if "cue_recovery" in key]
+        assert ("lm_head.weight" in file.keys()) == (not tied)
+
+
+def test_saved_folder_has_the_processor(tiny, tmp_path, monkeypatch):
+    """Loaded by a relative path and saved from another folder: nothing is lost on the way."""
+    copy_folder(tmp_path / "start")
+    monkeypatch.chdir(tmp_path)
+    processor = qwen.Processor("start")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    qwen.save(tiny[0], processor, "out")
+    assert vars(qwen.Processor("out")).keys() == vars(processor).keys()
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert Path("out", name).read_bytes() == (qwen.TINY / name).read_bytes()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def fail(*args, **kwargs):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("where", ["save_pretrained", "copyfile", "cue", "rename"])
+def test_a_crash_while_saving_leaves_the_old_folder(tiny, tmp_path, monkeypatch, where):
+    """A full disk in the middle of a save: the checkpoint before it is still there, byte for byte,
+    and the next save works."""
+    model, processor = tiny
+    folder = tmp_path / "out"
+    qwen.save(model, processor, folder)
+    before = contents(folder)
+    cue_recovery.attach(model)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"save_pretrained": (model, "save_pretrained"),
+                        "copyfile": (shutil, "copyfile"), "rename": (qwen.os, "replace"),
+                        "cue": (cue_recovery.CueRecovery, "save")}[where], fail)
+        with pytest.raises(OSError, match="No space"):
+            qwen.save(model, processor, folder)
+    assert contents(folder) == before
+    qwen.save(model, processor, folder)
+    assert contents(folder).keys() == before.keys() | {qwen.CUE_FILE}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_last_whole_folder_is_never_deleted(tiny, tmp_path, monkeypatch):
+    """A kill between the two renames leaves only FOLDER.old and FOLDER.tmp. The next save began by
+    deleting both: had it been killed too, nothing at all would have been left."""
+    model, processor = tiny
+    qwen.save(model, processor, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.old")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_pretrained", fail)
+        with pytest.raises(OSError, match="No space"):
+            qwen.save(model, processor, tmp_path / "out")
+    assert contents(tmp_path / "out.old") == before
+    for _ in range(2):                                # FOLDER.old alone, then beside FOLDER
+        qwen.save(model, processor, tmp_path / "out")
+        assert contents(tmp_path / "out") == before and not (tmp_path / "out.old").exists()
+        shutil.copytree(tmp_path / "out", tmp_path / "out.old")
+
+
+def test_missing_weights_are_refused_by_name(tmp_path):
+    """transformers fills what a file lacks with random numbers and a warning."""
+    folder = copy_folder(tmp_path / "partial")
+    weights = load_file(folder / "model.safetensors")
+    gone = "model.language_model.layers.3.mlp.up_proj.weight"
+    assert weights.pop(gone, None) is not None
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"partial: 1 weights are missing.*{gone}"):
+        qwen.load(folder, device="cpu")
+
+
+def test_an_untied_config_needs_a_head(tmp_path):
+    """Qwen3-VL-Embedding#89: tie_word_embeddings false, but no lm_head in the file."""
+    folder = copy_folder(tmp_path / "headless", config={"tie_word_embeddings": False})
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        qwen.load(folder, device="cpu")
+
+
+def test_another_architecture_is_refused(tmp_path):
+    folder = copy_folder(tmp_path / "other", config={"model_type": "llama"})
+    with pytest.raises(ValueError, match="other: model_type is 'llama'.*'qwen3_vl'"):
+        qwen.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    folder = copy_folder(tmp_path / "hole")
+    (folder / name).unlink()
+    message = f"hole is not a Qwen3-VL folder: {name} is missing"
+    with pytest.raises(FileNotFoundError, match=message):
+        qwen.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json",
+                                  "generation_config.json"])
+@pytest.mark.parametrize("content", [b'{"a": 1,', b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    folder = copy_folder(tmp_path / "cut")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cut/{name}: not valid JSON"):
+        qwen.load(folder)
+
+
+@pytest.mark.parametrize("path, kind", [("nobody-at-all/no-such-model", ConnectionError),
+                                        ("./no/such/folder", FileNotFoundError),
+                                        ("no-such-model", FileNotFoundError)])
+def test_an_unreachable_model_is_one_line_with_the_default(path, kind):
+    """Without a network the hub's own message is a page of traceback. conftest.py sets
+    HF_HUB_OFFLINE=1, so this test asks no server."""
+    with pytest.raises(kind, match=f"{path}.*tiny-qwen3-vl") as error:
+        qwen.load(path)
+    assert "\n" not in str(error.value)
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+
+
+def test_a_missing_cue_recovery_file_is_explained(tiny, tmp_path, monkeypatch):
+    """model.py may be copied alone; a checkpoint with the module then says what it needs."""
+    model, processor = tiny
+    cue_recovery.attach(model)
+    qwen.save(model, processor, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "cue_recovery", None)
+    with pytest.raises(ImportError, match="put cue_recovery.py beside model.py, or .*cue=False"):
+        qwen.load(tmp_path / "out", device="cpu")
+    assert not hasattr(qwen.load(tmp_path / "out", device="cpu", cue=False)[0], "cue_recovery")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float64])
+def test_dtype_and_mode(dtype):
+    model, _ = qwen.load(qwen.TINY, dtype=dtype, device="cpu")
+    expected = {None: torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float64)
+    assert {p.dtype for p in model.parameters()} == {expected} and not model.training
