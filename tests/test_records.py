@@ -98,13 +98,13 @@ def test_a_picture_as_base64_is_refused(folder):
     """Other data sets hold the picture itself there; the file system said "File name too long", to
     no line in particular and with the whole picture in the message."""
     data = base64.b64encode((folder / "images" / "1.png").read_bytes() * 100).decode()
-    refused(write(folder, {**GOOD, "images": [data]}), "picture '.*File name too long")
+    refused(write(folder, {**GOOD, "images": [data]}), r"picture '\S{80}' ")
 
 
 @pytest.mark.parametrize("name, message", [
     ("images/2.png", "'images/2.png' does not exist"), ("images", "does not exist"),
     ("", "does not exist"), (3, "picture 3 is not a path"), (None, "None is not a path"),
-    ("images/\0.png", "picture 'images/.*null")])
+    ("images/\0.png", r"picture 'images/\\x00.png'")])
 def test_a_picture_that_is_no_file_is_refused(folder, name, message):
     refused(write(folder, {**GOOD, "images": ["images/1.png", name]}), message)
 

@@ -165,9 +165,10 @@ def test_leaves_every_mode_as_found(wild, batch):
 
 
 def test_kinds_of_tokens_grow_with_the_ids(loaded, batch):
-    """PITFALLS 13. mm_token_type_ids was padded on the other side than the ids (trl#5785). A picture's
-    tokens stay marked where they stand, and no token of a response is one."""
-    whole = append_response(batch, torch.full((4, 3), loaded[1].image_id), torch.tensor([3, 1, 2, 3]))
+    """PITFALLS 13. mm_token_type_ids was padded on the other side than the ids (trl#5785). A
+    picture's tokens stay marked where they stand, and no token of a response is one."""
+    ids, lengths = torch.full((4, 3), loaded[1].image_id), torch.tensor([3, 1, 2, 3])
+    whole = append_response(batch, ids, lengths)
     kinds, L = whole["mm_token_type_ids"], batch["input_ids"].shape[1]
     assert kinds.shape == whole["input_ids"].shape and not kinds[:, L:].any()
     assert torch.equal(kinds[:, :L].bool(), batch["input_ids"] == loaded[1].image_id)
