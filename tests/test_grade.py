@@ -107,3 +107,54 @@ TABLE = [
 def test_table(prediction, gold, options, more, expected):
     verdict = grade(prediction, gold, options, **more)
     assert verdict.correct is expected, verdict
+
+
+# ---- properties ---------------------------------------------------------------------------------
+
+GOLDS = ["145", "374.1", "2 \\sqrt { 221 }", "\\frac { 9 \\sqrt { 3 } } { 2 }", "12 \\PI", "30^\\circ",
+         "28\\%", "Area $=9 \\pi \\mathrm{cm}^{2}$", "domain: [-4, 0) and range: (-3, 1]", "N 34° W",
+         "1:64", "$y \\leq 5$", "\\frac{x^2}{81}+\\frac{y^2}{9}=1", "f(x)=|x-3|", "even", "Bugs Bunny",
+         "$13 \\%$", "-4.9\\n-4.9", "118°T", "{8}{5} \\pi", "Sep", "(3.000, 1.000)", "17:06",
+         "12/12/2011", "68, 27, 20", "Product A", "100000000", "[2014, 2016]", "24/7", "$MgS$", "none",
+         "red", "yes"]
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_every_gold_equals_itself(gold):
+    """A grader that fails a benchmark's own gold marks perfect answers wrong."""
+    assert grade(f"\\boxed{{{gold}}}", gold).correct
+    assert grade(f"The answer is \\boxed{{{gold}}}.", gold).correct
+
+
+@pytest.mark.parametrize("a, b", [("0.5", "1/2"), ("1,000", "1000"), ("2", "3"), ("-4", "−4"),
+                                  ("\\sqrt{8}", "2\\sqrt2"), ("3e2", "300"), ("7/3", "2.5")])
+def test_numbers_compare_the_same_both_ways(a, b):
+    assert grade(f"\\boxed{{{a}}}", b).correct == grade(f"\\boxed{{{b}}}", a).correct
+
+
+def test_no_text_raises_or_earns_a_point():
+    """Random junk, half-open braces and control characters: always a verdict, never a right one."""
+    rng, alphabet = random.Random(0), "\\{}()[]^_$%°√π+-*/=<>:,.!01e\x00\u2028 boxedfracsqrt\n"
+    for _ in range(2000):
+        junk = "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
+        assert not grade(junk, "417").correct
+        grade("1", junk), grade(junk, junk, options=["a", "b"])
+
+
+@pytest.mark.parametrize("text", ["not blue", "I see blue and red", "The answer is not blue.", ""])
+def test_a_word_inside_a_sentence_is_not_an_answer(text):
+    assert not grade(text, "blue").correct
+
+
+@pytest.mark.parametrize("text", ["so " * 60_000, "\\boxed{" * 30_000, "(" * 200_000, "1+" * 100_000,
+                                  "The answer is \\boxed{460}. " * 8_000, "^" * 200_000,
+                                  "\\frac{" * 30_000, "<think>" * 30_000])
+def test_long_loops_end(text):
+    """A model that repeats itself to the token limit must not stall the evaluation."""
+    start = time.perf_counter()
+    grade(text, "461")
+    assert time.perf_counter() - start < 5         # a guard against a hang, not a timing
+
+
+def test_repeated_right_answer_counts():
+    assert grade("The answer is \\boxed{460}. " * 8_000, "460").correct
