@@ -2,51 +2,84 @@
 
 Idea. Every data set on the net has its own layout; training and evaluation know only one, the
 record. Here a converter is one plain function that finds the files, refuses what is broken,
-and hands rows to the four shared helpers (sample, copy, write, report). To add a data set,
-write such a function and give it a sub-command in `main`; nothing else has to know.
+and hands rows to the shared helpers. To add a data set, write such a function and give it a
+sub-command in `main`; nothing else has to know. Around this file: sources.py reads rows and
+picture cells, tidy.py cleans texts, output.py writes and reports, contamination.py finds a
+benchmark's pictures and questions among the records.
 
-In and out. easy-VQA (https://github.com/vzhou842/easy-VQA, MIT) comes as
+In. easy-vqa, the package's layout (https://github.com/vzhou842/easy-VQA, MIT):
     data/train/questions.json     [["what is the blue shape?", "rectangle", 0], ...]
-    data/train/images/0.png       one coloured shape on a light ground; the same under data/test
-where the third item of an entry is the picture's number. Out of it come
-    OUT/train.jsonl               {"id": "easy-vqa-train-0", "images": ["images/train/0.png"],
-                                   "question": "what is the blue shape?", "answer": "rectangle",
-                                   "source": "easy-vqa"}
-    OUT/images/train/0.png        the source's bytes; the same for test
-Picture paths are relative to the JSONL file. The number in an id is the entry's position in
-questions.json, counted from 0, so a row has the same id whatever --limit is.
+    data/train/images/0.png       the entry's third item is the picture's number; same for test
+geometry3k (hiyouga/geometry3k) and vision-r1 (Osilly/Vision-R1-rl), as downloaded or exported:
+    DIR[/data]/train-00000-of-00001.parquet, or train.parquet; validation, test alike
+        images [{"bytes": .., "path": ..}]   problem "<image>Find x."   answer "2 \\SQRT { 221 }"
+        and in newer copies of Geometry3K   id, choices, ground_truth
+    DIR/train.jsonl, or train.json with a list, and the pictures at the paths that they name:
+        {"images": ["images/0.png"], "problem": "<image>Find x.", "answer": "3"}
+jsonl: one file of anybody's, with the same kind of rows; flags say what its fields are called.
+Out. OUT/train.jsonl               {"id": "easy-vqa-train-0", "images": ["images/train/0.png"],
+                                    "question": "what is the blue shape?", "answer": "rectangle",
+                                    "source": "easy-vqa"}
+     OUT/images/train/0.png        the source's bytes; a split that exists becomes a file, alone
+Picture paths are relative to the JSONL file. The number in an id is the row's position in its
+split, counted from 0, so a row has the same id whatever --limit is and whatever was left out.
+Only easy-vqa numbers its pictures; the others' are named by a hash of their bytes, once a split.
 
 The one equation. --limit k of n rows: shuffle, sort by answer, keep the rows at
     floor((i + 1/2) * n / k),   i = 0 .. k-1
 which gives an answer with n_a rows n_a * k / n of the k places, off by less than one.
 
 Run.
-    pip install easy-vqa
-    python data/prepare.py easy-vqa --out data/easy_vqa                    the installed package
-    python data/prepare.py easy-vqa --source DIR --out data/easy_vqa       a folder you have
+    pip install easy-vqa; python data/prepare.py easy-vqa --out data/easy_vqa   or --source DIR
+    pip install pyarrow; python data/prepare.py geometry3k --source DIR --out data/geometry3k
+    python data/prepare.py vision-r1 --source DIR --out data/vision_r1 --model Qwen3-VL-FOLDER
+    python data/prepare.py jsonl --source my.jsonl --question-field q --out data/mine
+    python data/prepare.py contamination --data data/vision_r1/train.jsonl --against FILE [FILE ..]
 A second run keeps the pictures that are there and replaces the JSONL files, which are written
 last and under a temporary name: a run that was killed leaves no half file that looks whole.
 
-Left out, on purpose. No download (pip does that). No re-encoding, resizing or rewording: only
-white space around a text goes. No deleting: pictures of an earlier, larger run stay, because a
-cue file beside the records may still name them. No shuffling: the questions about one picture
-stay neighbours, so the head of a file is not a fair sample of it; --limit is.
+What becomes of a doubtful row (easy-vqa is generated, so there nearly all of it is an error):
+1) Error, with file and row: a field or a picture that is missing, <image> marks that are not as
+   many as the pictures, a path out of the folder, a shard that is missing. The copy is damaged.
+2) Left out and counted: blank text, a picture that cannot be decoded or is over 200 times as long
+   as wide. It is the published row that is damaged, and nobody here can mend it.
+3) Left out of train alone: repeats, and one question about the same pictures with two answers.
+   Validation and test keep them, since a score is out of all rows.
+4) Kept as it is: which of Geometry3K's choices is right. The question does not show the choices,
+   so no `options` are written; an answer that is not the choice it should be is counted.
+
+Left out, on purpose. No download (pip does that). No re-encoding, resizing or rewording: what
+tidy.py does to answers is counted, questions lose <image> and outer blanks. No deleting: pictures
+of an earlier, larger run stay, because a cue file beside the records may still name them. No
+shuffling: the head of a file is not a fair sample of it; --limit is.
 """
 
 import argparse
+import hashlib
 import importlib.util
-import io
-import json
+import itertools
 import os
-import random
+import re
+import string
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
-SPLITS = ("train", "test")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data import contamination, sources  # noqa: E402
+from data.output import (check_replaceable, even_sample, place, report,  # noqa: E402
+                         write_jsonl)
+from data.tidy import take_placeholders, tidy_answer  # noqa: E402
+
+SPLITS = ("train", "validation", "test")
+EASY_VQA_SPLITS = ("train", "test")
+HUB = {"question": "problem", "answer": "answer", "images": "images"}      # Hugging Face's columns
+# Rows of each split by the data card: another number is worth a word, not an error. Nobody has
+# published Vision-R1's.
+CARD = {"geometry3k": {"train": 2101, "validation": 300, "test": 601}}
 GET_EASY_VQA = "get the data set with `pip install easy-vqa`, or name its folder with --source"
 
 
@@ -79,22 +112,11 @@ def find_easy_vqa(source=None):
     else:
         raise FileNotFoundError(f"no {wanted} in {source} or up to three folders below it: "
                                 f"{GET_EASY_VQA}")
-    for split in SPLITS:
+    for split in EASY_VQA_SPLITS:
         for path in (root / split / "questions.json", root / split / "images"):
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing, is the copy complete? {GET_EASY_VQA}")
     return root
-
-
-def load_json(path):
-    """Parse a JSON file; a ValueError says in which file, line and column it breaks."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg}), "
-                         f"was the file cut short or edited?") from error
 
 
 def read_easy_vqa(root, split):
@@ -105,7 +127,7 @@ def read_easy_vqa(root, split):
     two answers to one question about one picture, or a split that has no rows.
     """
     path = root / split / "questions.json"
-    entries = load_json(path)
+    entries = sources.load_json(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path}: holds a {type(entries).__name__}, not a list of entries")
     pictures = {p.name for p in (root / split / "images").iterdir()}
@@ -136,99 +158,220 @@ def read_easy_vqa(root, split):
     return records, dropped
 
 
-# ---- shared by every converter -----------------------------------------------------------------
-
-def even_sample(records, limit, seed=0):
-    """Keep `limit` records, each answer in its share (see the header), in their old order."""
-    if limit is None or limit >= len(records):
-        return records
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)                    # which rows of an answer: by chance
-    order.sort(key=lambda n: records[n]["answer"])        # stable, so chance survives inside one
-    picks = [order[(2 * i + 1) * len(order) // (2 * limit)] for i in range(limit)]
-    return [records[n] for n in sorted(picks)]
-
-
-def check_replaceable(path, source):
-    """Refuse a `path` that exists with records of another data set: a mistyped --out, most likely.
-
-    Files of our own are fine to replace. Only the first line is looked at.
-    """
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        line = file.readline()
-    try:
-        ours = json.loads(line)["source"] == source
-    except (ValueError, TypeError, KeyError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{path} exists and does not start with a record of {source}: "
-                         f"choose another --out, or move that file away")
-
-
-def write_atomic(path, content):
-    """Write bytes under a temporary name beside `path`, then rename: all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def copy_pictures(pictures, out):
     """Copy {path below `out`: source file} byte for byte; return a Counter of (width, height).
 
     Every picture is decoded once to see that it can be, but what is written is the source's bytes.
-    Raises ValueError for one that cannot, and for one that would change a picture already there:
-    records and cues that somebody made from the old picture would silently be about another.
     """
     sizes = Counter()
     for relative, source in tqdm(pictures.items(), desc="pictures", disable=None):  # None: no tty
         content = source.read_bytes()
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()                              # open() alone reads only the header
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{source}: not a readable picture ({error})") from error
-        sizes[image.size] += 1
-        target = out / relative
-        if target.exists():
-            if target.read_bytes() != content:
-                raise ValueError(f"{target} exists and differs from {source}: "
-                                 f"choose a new --out, or delete the old folder first")
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, content)
+            sizes[sources.decode(content).size] += 1
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        place(out / relative, content, source)
     return sizes
 
 
-def write_jsonl(path, records):
-    """Write one JSON object a line, all ASCII, so that no reader's encoding can spoil it."""
-    write_atomic(path, "".join(json.dumps(r) + "\n" for r in records).encode("ascii"))
+# ---- the other data sets: files of splits, rows of one kind ------------------------------------
+
+@dataclass
+class Split:
+    """One split between reading and writing."""
+    records: list = field(default_factory=list)
+    pictures: dict = field(default_factory=dict)        # path below OUT -> bytes or a file's Path
+    sizes: dict = field(default_factory=dict)           # path below OUT -> (width, height)
+    dropped: Counter = field(default_factory=Counter)   # reason -> rows left out
+    changed: Counter = field(default_factory=Counter)   # what was done or noticed -> rows kept
+    first: dict = field(default_factory=dict)           # either of those -> where it came first
+
+    def count(self, counter, reason, where):
+        counter[reason] += 1
+        self.first.setdefault(reason, where)
 
 
-def report(path, records, sizes, dropped, shown=20):
-    """Print what went into one file. The commonest answer's share is the score to beat."""
-    answers = Counter(r["answer"] for r in records).most_common()
-    listing = ", ".join(f"{answer} {count}" for answer, count in answers[:shown])
-    more = f", and {len(answers) - shown} more" if len(answers) > shown else ""
-    best, count = answers[0]
-    size_list = ", ".join(f"{n} of {w}x{h}" for (w, h), n in sizes.most_common(shown))
-    drop_list = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
-    print(f"{path}: {len(records)} rows")
-    print(f"  answers   {len(answers)} distinct: {listing}{more}")
-    print(f"  baseline  always {best!r} is right on {100 * count / len(records):.1f} % of rows")
-    print(f"  pictures  {size_list}")
-    print(f"  left out  {drop_list}")
+def find_splits(source, split=None):
+    """Return ({split: its files, shards in order}, data files that are none of those).
+
+    `source` is a folder, whose data/ is tried too, or a file, whose name or else `split` says what
+    it holds. Raises FileNotFoundError with what was looked for, ValueError for a missing shard.
+    """
+    if split:
+        if not source.is_file():
+            raise ValueError(f"{source} is no file: --split says which split a single file holds")
+        return {split: [source]}, []
+    name = re.compile(r"(train|validation|test)(?:-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?)?")
+    for folder in (source, source / "data"):
+        paths = [source] if source.is_file() else sorted(folder.glob("*"))
+        paths = [p for p in paths if p.suffix.lower() in sources.SUFFIXES]
+        matches = {path: match for path in paths if (match := name.fullmatch(path.stem.lower()))}
+        if matches:
+            break
+    else:
+        raise FileNotFoundError(
+            f"no train, validation or test file in {source} or its data/: wanted train.parquet, "
+            f"train-00000-of-00001.parquet, train.jsonl or train.json (any other: --split)")
+    splits = {}
+    for split in SPLITS:
+        files = [path for path, match in matches.items() if match[1] == split]
+        shards = [(int(matches[p][2] or 0), int(matches[p][3] or 1)) for p in files]
+        if shards != [(n, len(files)) for n in range(len(files))]:
+            raise ValueError(f"{folder}: {', '.join(p.name for p in files)} are not the shards of "
+                             f"one {split} split: is one missing, or are there two copies?")
+        if files:
+            splits[split] = files
+    return splits, [path for path in paths if path not in matches]
+
+
+def cell_text(row, column, where):
+    """The text in a cell, a number as Python writes it, "" for null and NaN. Else ValueError."""
+    if column not in row:
+        raise ValueError(f"{where}: no field {column!r}, the row has {', '.join(map(repr, row))}")
+    value = row[column]
+    if not isinstance(value, (str, int, float, type(None))) or isinstance(value, bool):
+        raise ValueError(f"{where}: {column} is {str(value)[:60]!r}, neither a text nor a number")
+    return "" if value is None or value != value else str(value).strip()
+
+
+def to_record(row, where, columns, folders, marks, split, out):
+    """Return the record of one row, less its source; None for a row left out and counted."""
+    question, answer = (cell_text(row, columns[name], where) for name in ("question", "answer"))
+    if columns["images"] and columns["images"] not in row:
+        raise ValueError(f"{where}: no field {columns['images']!r} for the pictures, the row has "
+                         f"{', '.join(map(repr, row))}")
+    found = sources.contents(row.get(columns["images"]), folders, where)
+    question, inside = take_placeholders(question, len(found), where, required=marks)
+    answer, changes = tidy_answer(answer)
+    if not question or not answer:
+        return out.count(out.dropped, "blank question or answer", where)
+    images = []
+    for content in found:
+        try:
+            image = sources.decode(content)
+        except ValueError:
+            return out.count(out.dropped, "undecodable picture", where)
+        if max(image.size) > 200 * min(image.size):         # model.fit() would refuse it later
+            return out.count(out.dropped, "picture too thin for Qwen3-VL", where)
+        name = hashlib.sha256(sources.read(content)).hexdigest()[:20]
+        suffix = image.format.lower().replace("jpeg", "jpg")
+        images.append(f"images/{split}/{name}.{suffix}")
+        out.pictures[images[-1]], out.sizes[images[-1]] = content, image.size
+    record = {"images": images, "question": question, "answer": answer}
+    if "id" in columns:
+        record["id"] = cell_text(row, columns["id"], where)
+    for name in ("cue", "rationale"):
+        if columns.get(name) in row and (text := cell_text(row, columns[name], where)):
+            record[name] = text
+    if row.get(columns.get("options")):
+        changes += add_options(record, row[columns["options"]], where)
+    if inside:
+        changes.append("<image> taken out of the middle of the question")
+    if misses_choice(row, answer):
+        changes.append("answer is not the choice that ground_truth names, kept")
+    for change in changes:
+        out.count(out.changed, change, where)
+    return record
+
+
+def add_options(record, options, where):
+    """Put options into a record, and under its question if not shown there; return changes."""
+    if isinstance(options, list) and len(options) <= len(string.ascii_uppercase):
+        options = dict(zip(string.ascii_uppercase, options))
+    if not isinstance(options, dict) or not all(isinstance(o, str) for o in options.values()):
+        raise ValueError(f"{where}: options {str(options)[:60]!r} are no list or object of texts")
+    record["options"], changes = options, []
+    # The prompt shows the question alone, so what is not written there nobody sees. With its
+    # label, since the option 1 would be found in "an angle of 120 degrees".
+    if not all(re.search(rf"\b{re.escape(label)}\s*[).:]\s*{re.escape(text.strip())}",
+                         record["question"]) for label, text in options.items()):
+        record["question"] += "".join(f"\n{label}. {text}" for label, text in options.items())
+        changes.append("options written under the question")
+    if record["answer"] not in (*options, *options.values()):
+        changes.append("answer is neither an option's label nor its text, kept")
+    return changes
+
+
+def misses_choice(row, answer):
+    """Whether Geometry3K's letter and choices, where a copy has them, contradict its answer."""
+    choices, letter = row.get("choices"), row.get("ground_truth")
+    if not choices or not isinstance(letter, str) or letter not in "ABCDEFGH"[:len(choices)]:
+        return False
+    return tidy_answer(str(choices["ABCDEFGH".index(letter)]))[0] != answer
+
+
+def collect(rows, name, split, columns, folders, marks=True):
+    """Turn (where, row) pairs into a Split; the header says what becomes of a doubtful row.
+
+    columns: field of the record -> column of the row. question, answer and images ("": there are
+    none) must be there, and id if it is named; options, cue and rationale may be.
+    marks: each picture needs its <image>. Raises ValueError or FileNotFoundError with the place.
+    """
+    out, first_seen = Split(), {}
+    for number, (where, row) in enumerate(tqdm(rows, desc=f"{split} rows", disable=None)):
+        record = to_record(row, where, columns, folders, marks, split, out)
+        if record is not None:
+            record = {"id": f"{name}-{split}-{number}", **record, "source": name}
+            earlier = first_seen.setdefault(record["id"], where)
+            if earlier != where:
+                raise ValueError(f"{where}: id {record['id']!r} stands at {earlier} already")
+            out.records.append(record)
+    if split == "train":
+        leave_out_repeats(out)
+    if not out.records:
+        raise ValueError(f"no usable rows in the {split} split; left out: {dict(out.dropped)}")
+    return out
+
+
+def leave_out_repeats(out):
+    """Keep one of equal rows, and none of those that answer one question in two ways."""
+    answers, seen, kept = defaultdict(set), set(), []
+    for record in out.records:
+        answers[record["question"], tuple(record["images"])].add(record["answer"])
+    for record in out.records:
+        asked = record["question"], tuple(record["images"])
+        if len(answers[asked]) > 1:
+            out.count(out.dropped, "same question and pictures, another answer", record["id"])
+        elif asked in seen:
+            out.count(out.dropped, "repeat of an earlier row", record["id"])
+        else:
+            seen.add(asked)
+            kept.append(record)
+    out.records = kept
+
+
+def save(splits, out, name, limit, model):
+    """Write {split: Split} below `out`, pictures before records, and print the summary."""
+    for split in splits:
+        check_replaceable(out / f"{split}.jsonl", name)
+    for split, part in splits.items():
+        rows = len(part.records) + part.dropped.total()
+        if rows != CARD.get(name, {}).get(split, rows):
+            print(f"note: {rows} {split} rows, the data card says {CARD[name][split]}")
+        kept = even_sample(part.records, limit)
+        if len(kept) < len(part.records):
+            part.dropped["beyond --limit"] = len(part.records) - len(kept)
+        part.records = kept
+        used = {picture: None for record in kept for picture in record["images"]}
+        for picture in tqdm(used, desc=f"{split} pictures", disable=None):
+            content = part.pictures[picture]
+            place(out / picture, sources.read(content), f"a picture of {name}")
+        part.sizes = Counter(part.sizes[picture] for picture in used)
+    for split, part in splits.items():
+        write_jsonl(out / f"{split}.jsonl", part.records)
+    for split, part in splits.items():
+        report(out / f"{split}.jsonl", part.records, part.sizes, part.dropped, part.changed,
+               part.first, model)
 
 
 # ---- one function per data set -----------------------------------------------------------------
 
-def easy_vqa(source, out, limit):
+def easy_vqa(source, out, limit, model=None):
     """Convert easy-VQA from folder `source` (None: the installed package) into folder `out`."""
     # 1) Find and read everything, so that a damaged source is refused before a byte is written.
     root = find_easy_vqa(source)
     splits = {}
-    for split in SPLITS:
+    for split in EASY_VQA_SPLITS:
         check_replaceable(out / f"{split}.jsonl", "easy-vqa")
         records, dropped = read_easy_vqa(root, split)
         kept = even_sample(records, limit)
@@ -247,7 +390,50 @@ def easy_vqa(source, out, limit):
     # 4) Say what happened.
     print(f"easy-vqa: from {root}")
     for split, (records, dropped) in splits.items():
-        report(out / f"{split}.jsonl", records, sizes[split], dropped)
+        report(out / f"{split}.jsonl", records, sizes[split], dropped, model=model)
+
+
+def hub(name, source, out, limit, model, only):
+    """Convert a data set in Geometry3K's columns from `source`; each split into its own file."""
+    files, others = find_splits(source, only)
+    splits = {}
+    for split, paths in files.items():
+        rows = itertools.chain.from_iterable(map(sources.rows, paths))
+        splits[split] = collect(rows, name, split, HUB, [paths[0].parent])
+    save(splits, out, name, limit, model)
+    print(f"{name}: from {', '.join(str(path) for paths in files.values() for path in paths)}")
+    if others:
+        print(f"  not read  {', '.join(path.name for path in others)}")
+
+
+def geometry3k(source, out, limit=None, model=None, split=None):
+    """Convert Geometry3K. Train on train.jsonl alone: MathVista and MathVerse hold some of it."""
+    hub("geometry3k", source, out, limit, model, split)
+
+
+def vision_r1(source, out, limit=None, model=None, split=None):
+    """Convert Vision-R1-rl: mixed sources, options within the question, answers often letters."""
+    hub("vision-r1", source, out, limit, model, split)
+
+
+def jsonl(source, out, limit=None, model=None, split="train", name=None, pictures=None, **given):
+    """Convert anybody's file of rows; `given` names its fields, as in question_field="q".
+
+    Fields are called as in a record unless given; images_field="" says that there are no pictures.
+    Options not in the question are written under it. An <image> mark is taken out where there is
+    one, and then there must be one a picture. Raises ValueError for a name that no row has.
+    """
+    given = {key.removesuffix("_field"): column for key, column in given.items()
+             if column is not None}
+    needed = {key: key for key in ("question", "answer", "images", "cue", "rationale", "options")}
+    if (out / f"{split}.jsonl").resolve() == source.resolve():
+        raise ValueError(f"{source} would be overwritten: choose another --out")
+    part = collect(sources.rows(source), name or source.stem, split, needed | given,
+                   [pictures or source.parent], marks=False)
+    for key in given:
+        if given[key] and key != "id" and not any(key in record for record in part.records):
+            raise ValueError(f"{source}: no row has anything in the field {given[key]!r} ({key})")
+    save({split: part}, out, name or source.stem, limit, model)
 
 
 def positive(text):
@@ -257,26 +443,51 @@ def positive(text):
     return int(text)
 
 
-def main(argv=None):
-    """Read the command line and call the converter it names with its options as keywords."""
-    parser = argparse.ArgumentParser(description="Turn a public data set into records.",
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="DATASET")
-
-    command = commands.add_parser("easy-vqa", allow_abbrev=False,
-                                  help="one shape a picture, short questions, 13 answers")
-    command.add_argument("--source", type=Path, metavar="DIR",
-                         help="the package's folder or its data (default: the installed package)")
+def add_command(commands, name, run, help, source_help, required=True):
+    """Add the sub-command of a converter with the options that all of them have; return it."""
+    command = commands.add_parser(name, allow_abbrev=False, help=help)
+    command.add_argument("--source", type=Path, required=required, metavar="PATH",
+                         help=source_help)
     command.add_argument("--out", type=Path, required=True, help="folder to write to")
     command.add_argument("--limit", type=positive, metavar="N",
                          help="rows per split, the answers' mix kept (default: all)")
-    command.set_defaults(run=easy_vqa)
+    command.add_argument("--model", type=Path, metavar="FOLDER",
+                         help="a Qwen3-VL folder: print the longest prompt in its tokens too")
+    command.set_defaults(run=run)
+    return command
+
+
+def main(argv=None):
+    """Read the command line and call the function it names with its options as keywords."""
+    parser = argparse.ArgumentParser(description="Turn a public data set into records.",
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_command(commands, "easy-vqa", easy_vqa, "one shape a picture, short questions, 13 answers",
+                "the package's folder or its data (default: the installed package)", False)
+    for name, run, text in (("geometry3k", geometry3k, "2,101 geometry problems to train on"),
+                            ("vision-r1", vision_r1, "the paper's training set")):
+        command = add_command(commands, name, run, text, "folder with the splits, or one file")
+        command.add_argument("--split", choices=SPLITS, help="what --source, a file, holds "
+                             "(default: as its name says)")
+    command = add_command(commands, "jsonl", jsonl, "anybody's file, a row a question",
+                          "the file: JSONL, or one that sources.py reads")
+    command.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
+    command.add_argument("--name", help="of the data set (default: as the file)")
+    command.add_argument("--pictures", type=Path, metavar="DIR",
+                         help="folder that picture paths start from (default: the file's)")
+    for key in ("question", "answer", "images", "id", "options", "cue", "rationale"):
+        command.add_argument(f"--{key}-field", metavar="NAME", help=f"field with the {key} "
+                             f"(default: {'the row number' if key == 'id' else key})")
+    command = commands.add_parser("contamination", allow_abbrev=False,
+                                  help="find a benchmark's pictures and questions in records")
+    contamination.add_arguments(command)
+    command.set_defaults(run=contamination.check)
 
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
     try:
         run(**options)
-    except (OSError, ValueError) as error:                # what a user can mend needs no traceback
+    except (OSError, ValueError, ImportError) as error:   # what a user can mend needs no traceback
         sys.exit(f"error: {error}")
 
 

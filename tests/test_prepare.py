@@ -1,16 +1,23 @@
-"""data/prepare.py on a made-up easy-VQA of six tiny pictures: no download, no installed package.
+"""data/prepare.py, with tidy.py, output.py and sources.py, on made-up files: no download.
 
     OMP_NUM_THREADS=1 python -m pytest -q tests/test_prepare.py
 
-Each test builds its own source folder in the real layout, breaks at most one thing, and looks at
-the files that come out or at the message that refuses. `prepare.py` is loaded by its path, since
+Each test builds its own source folder in the published layout, breaks at most one thing, and
+looks at the files that come out or at the message that refuses. Parquet needs pyarrow, or is
+skipped. `prepare.py` is loaded by its path, since
 `data` is a folder of scripts and no package.
 """
 
+import base64
+import csv
+import hashlib
 import importlib.util
+import io
 import json
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +28,10 @@ SCRIPT = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
 spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
 prepare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare)
+
+import model as qwen  # noqa: E402
+from data import records, sources, tidy  # noqa: E402
+from grade import grade  # noqa: E402
 
 TRAIN = [["what color is the shape?", "red", 0], ["is there a circle?", "yes", 0],
          ["  is there a circle? ", "no\n", 1], ["what shape is present?", "triangle", 3]]
@@ -300,3 +311,331 @@ def test_records_of_another_data_set_are_not_overwritten(source, tmp_path, conte
     with pytest.raises(SystemExit, match="test.jsonl exists and does not start with a record"):
         convert(source, out)
     assert snapshot(out) == {Path("test.jsonl"): content.encode()}
+
+
+# ---- geometry3k, vision-r1 and jsonl: fabricated files in the published layouts ----------------
+
+def picture(shade, kind="PNG", size=(40, 30), **more):
+    """An encoded picture, another one for each shade."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, 80, 160)).save(file, kind, **more)
+    return file.getvalue()
+
+
+GEOMETRY = [("<image>Find x.", r"2 \SQRT { 221 }"), ("<image>Find y. ", "145"),
+            ("<image>Find the area.", r"\frac { 9 \pi } { 2 }"), ("<image>Find x.", "374.1")]
+
+
+def export(folder, split="train", rows=GEOMETRY, **more):
+    """The exported layout: DIR/train.jsonl and the pictures that it names; return the file."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.jsonl"
+    with path.open("w") as file:
+        for n, (problem, answer) in enumerate(rows):
+            (folder / f"images/{split}{n}.png").write_bytes(picture(n))
+            file.write(json.dumps({"images": [f"images/{split}{n}.png"], "problem": problem,
+                                   "answer": answer, **more}) + "\n")
+    return path
+
+
+def parquet(path, rows, columns=("images", "problem", "answer")):
+    """The hub's layout: a picture is a struct of its bytes and of its name at the uploader's."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"images": [[{"bytes": p, "path": "/home/them/img_diagram.png"} for p in row[0]]
+                          for row in rows]}
+    content |= {c: [row[i] for row in rows] for i, c in enumerate(columns) if c != "images"}
+    pyarrow.parquet.write_table(pyarrow.table(content), path)
+    return path
+
+
+def run(*command):
+    """Run the command line in this process."""
+    prepare.main([str(part) for part in command])
+
+
+def fails(*command):
+    """Run the command line, which must fail with one line; return the line."""
+    with pytest.raises(SystemExit) as failure:
+        run(*command)
+    return str(failure.value)
+
+
+def test_exported_folder_becomes_records_that_load(tmp_path, capsys):
+    """Golds in one spelling, placeholders gone, splits apart, and records.py takes the result."""
+    export(tmp_path / "in")
+    export(tmp_path / "in", "test", GEOMETRY[:1])
+    export(tmp_path / "in", "validation", GEOMETRY[1:2])
+    (tmp_path / "in/train.cues.jsonl").write_text("{}\n")             # not a split
+    run("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    rows = records.load(tmp_path / "out/train.jsonl")
+    assert [(r["question"], r["answer"]) for r in rows] == [
+        ("Find x.", r"2\sqrt{221}"), ("Find y.", "145"),
+        ("Find the area.", r"\frac{9\pi}{2}"), ("Find x.", "374.1")]
+    assert [r["id"] for r in rows] == [f"geometry3k-train-{n}" for n in range(4)]
+    for n, row in enumerate(rows):
+        assert Path(row["images"][0]).read_bytes() == picture(n)
+    for split in ("test", "validation"):
+        [row] = records.load(tmp_path / f"out/{split}.jsonl")
+        assert row["id"] == f"geometry3k-{split}-0" and f"images/{split}/" in row["images"][0]
+    shown = capsys.readouterr().out
+    for part in ("4 train rows, the data card says 2101", "kinds     LaTeX 2, number 2",
+                 "14 characters of question", "4 of 40x30", "smallest 40x30, largest 40x30",
+                 "1 capital LaTeX command in small letters (first:", "2 blanks of tokenised LaTeX",
+                 "not read  train.cues.jsonl"):
+        assert part in shown
+
+
+def test_parquet_gives_the_records_of_the_exported_folder(tmp_path):
+    """Two shards under data/, the optional columns there: same ids, same golds, same pictures."""
+    rows = [([picture(n)], problem, answer, n, ["1", answer], "B")
+            for n, (problem, answer) in enumerate(GEOMETRY)]
+    columns = ("images", "problem", "answer", "id", "choices", "ground_truth")
+    for n, part in enumerate((rows[:3], rows[3:])):
+        parquet(tmp_path / f"hub/data/train-0000{n}-of-00002.parquet", part, columns)
+    export(tmp_path / "in")
+    for source in ("hub", "in"):
+        run("geometry3k", "--source", tmp_path / source, "--out", tmp_path / f"out-{source}")
+    assert snapshot(tmp_path / "out-hub") == snapshot(tmp_path / "out-in")
+
+
+def test_vision_r1_parquet(tmp_path, capsys):
+    """Wrapped letters, two pictures a row, a JPEG, a repeat, two golds for one question."""
+    one, two, jpeg = picture(1), picture(2), picture(3, "JPEG")
+    parquet(tmp_path / "in/train.parquet", [
+        ([one], "<image>Which?\nA. 1\nB. 2", "<answer>B</answer>"),
+        ([one, two], "Compare <image> and <image>.", "equal"), ([jpeg], "<image> How many?", "7"),
+        ([one], "<image>Which?\nA. 1\nB. 2", "B"),
+        ([two], "<image>How long?", "5"), ([two], "<image>How long?", "6")])
+    parquet(tmp_path / "in/test.parquet", [([one], "<image>Which?", "B")] * 2)
+    run("vision-r1", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    rows = records.load(tmp_path / "out/train.jsonl")
+    assert [r["answer"] for r in rows] == ["B", "equal", "7"]
+    assert rows[1]["question"] == "Compare and." and len(rows[1]["images"]) == 2
+    assert rows[1]["images"][0] == rows[0]["images"][0]               # written once
+    assert rows[2]["images"][0].endswith(".jpg")
+    assert len(list((tmp_path / "out/images/train").iterdir())) == 3
+    assert len(records.load(tmp_path / "out/test.jsonl")) == 2        # a score is out of all rows
+    shown = capsys.readouterr().out
+    for part in ("1 repeat of an earlier row (first: vision-r1-train-3)",
+                 "2 same question and pictures, another answer",
+                 "1 <image> taken out of the middle of the question",
+                 "1 wrapper around the answer taken off"):
+        assert part in shown
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in fails("vision-r1", "--source", tmp_path,
+                                          "--out", tmp_path / "out")
+
+
+def test_git_lfs_pointer_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    message = fails("vision-r1", "--source", tmp_path, "--out", tmp_path / "out")
+    assert "train.parquet" in message and "Git LFS pointer" in message
+
+
+@pytest.mark.parametrize("problem, part", [("Find x.", "0 <image> placeholders but 1 pictures"),
+                                           ("<image><image>?", "2 <image> placeholders but 1")])
+def test_placeholders_and_pictures_must_match(tmp_path, problem, part):
+    path = export(tmp_path / "in", rows=[GEOMETRY[0], (problem, "1")])
+    message = fails("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    assert f"{path}:2: {part}" in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row, part", [
+    ({"images": ["images/gone.png"]}, "no picture 'images/gone.png'"),
+    ({"images": ["../secret.png"]}, "lies outside"),
+    ({"images": [7]}, "no picture can be made of"),
+    ({"answer": ["1", "2"]}, "neither a text nor a number"), ({"images": None}, "but 0 pictures")])
+def test_damaged_rows_name_file_and_line(tmp_path, row, part):
+    path = export(tmp_path / "in")
+    (tmp_path / "secret.png").write_bytes(picture(0))
+    with path.open("a") as file:
+        file.write(json.dumps({"images": ["images/train0.png"], "problem": "<image>?",
+                               "answer": "1", **row}) + "\n")
+    message = fails("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    assert f"{path}:5" in message and part in message
+
+
+def test_undecodable_thin_and_blank_rows_are_left_out_and_counted(tmp_path, capsys):
+    """Nobody can mend a row of a published file, so it costs that row and not the whole run."""
+    path = export(tmp_path / "in", rows=[*GEOMETRY, ("<image>Find z.", " "), ("<image>", "3"),
+                                        ("<image>Find w.", float("nan")), ("<image>?", None)])
+    (tmp_path / "in/images/train1.png").write_bytes(picture(1)[:50])
+    (tmp_path / "in/images/train2.png").write_bytes(picture(2, size=(402, 2)))
+    run("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    assert [r["id"][-1] for r in lines(tmp_path / "out/train.jsonl")] == ["0", "3"]
+    shown = capsys.readouterr().out
+    for part in (f"1 undecodable picture (first: {path}:2)", f"4 blank question or answer (first: "
+                 f"{path}:5)", "1 picture too thin for Qwen3-VL"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("names, part", [
+    (["train-00000-of-00002.jsonl"], "is one missing"),
+    (["train.json", "train.jsonl"], "two copies"),
+    (["data.jsonl"], "no train, validation or test file")])
+def test_split_files_that_are_not_whole(tmp_path, names, part):
+    for name in names:
+        (tmp_path / name).write_text("[]")
+    assert part in fails("vision-r1", "--source", tmp_path, "--out", tmp_path / "out")
+
+
+def test_a_file_of_another_name_needs_its_split(tmp_path):
+    path = export(tmp_path / "in").rename(tmp_path / "in/part.jsonl")
+    assert "--split" in fails("vision-r1", "--source", path, "--out", tmp_path / "out")
+    run("vision-r1", "--source", path, "--out", tmp_path / "out", "--split", "test")
+    assert [p.name for p in (tmp_path / "out").glob("*.jsonl")] == ["test.jsonl"]
+
+
+def test_answer_that_contradicts_ground_truth_is_counted(tmp_path, capsys):
+    export(tmp_path / "in", rows=[("<image>Find x.", r"2 \SQRT { 3 }")], ground_truth="A",
+           choices=[r"2 \sqrt { 3 }", "4"])
+    export(tmp_path / "in", "test", [("<image>Find x.", "5")], ground_truth="B",
+           choices=["5", "4"])
+    run("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out")
+    train, test = capsys.readouterr().out.split("test.jsonl: ")
+    assert "ground_truth" not in train and "1 answer is not the choice that ground_truth" in test
+    assert "options" not in lines(tmp_path / "out/train.jsonl")[0]    # the question shows none
+
+
+def test_jsonl_with_other_names(tmp_path, capsys):
+    """Fields by flags, pictures from another folder, options that the question does not show."""
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics/a.png").write_bytes(picture(1))
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (
+        {"q": "Which one?", "gold": "B", "img": "a.png", "n": 7, "choices": ["red", "blue"]},
+        {"q": "How many?", "gold": 3, "img": [], "n": 8, "hint": "Two and one."})))
+    command = ["jsonl", "--source", path, "--out", tmp_path / "out", "--pictures",
+               tmp_path / "pics", "--question-field", "q", "--answer-field", "gold", "--id-field",
+               "n", "--images-field", "img", "--options-field", "choices"]
+    run(*command, "--cue-field", "hint")
+    assert lines(tmp_path / "out/train.jsonl") == [
+        {"id": "7", "images": [f"images/train/{hash_name(picture(1))}.png"],
+         "question": "Which one?\nA. red\nB. blue", "answer": "B",
+         "options": {"A": "red", "B": "blue"}, "source": "mine"},
+        {"id": "8", "images": [], "question": "How many?", "answer": "3", "cue": "Two and one.",
+         "source": "mine"}]
+    records.load(tmp_path / "out/train.jsonl")
+    assert "1 options written under the question" in capsys.readouterr().out
+    assert f"{path}:1: no field 'uid'" in fails(*command, "--id-field", "uid")
+    assert "no row has anything in the field 'hnit'" in fails(*command, "--cue-field", "hnit")
+    message = fails("jsonl", "--source", path, "--out", tmp_path / "out")
+    assert f"{path}:1: no field 'question', the row has 'q', 'gold'" in message
+
+
+def hash_name(content):
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def test_jsonl_never_overwrites_its_source_and_refuses_repeated_ids(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "q?", "answer": "1", "id": 3}\n' * 2)
+    plain = ["--source", path, "--images-field", ""]
+    assert "would be overwritten" in fails("jsonl", *plain, "--out", tmp_path)
+    message = fails("jsonl", *plain, "--out", tmp_path / "out", "--id-field", "id")
+    assert f"{path}:2: id '3' stands at {path}:1 already" in message
+
+
+def test_longest_prompt_in_tokens_of_a_model(tmp_path, capsys, loaded):
+    """The number that decides --max-prompt-tokens, counted by what builds the prompts."""
+    export(tmp_path / "in")
+    run("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out", "--model", qwen.TINY)
+    lengths = {r["id"]: loaded[1].length(r) for r in records.load(tmp_path / "out/train.jsonl")}
+    longest = max(lengths, key=lengths.get)
+    assert f"; {lengths[longest]} tokens with pictures, {longest}" in capsys.readouterr().out
+
+
+def test_limit_writes_the_pictures_of_its_rows_only_and_twice_the_same(tmp_path):
+    export(tmp_path / "in")
+    for _ in range(2):
+        run("geometry3k", "--source", tmp_path / "in", "--out", tmp_path / "out", "--limit", 2)
+        assert len(lines(tmp_path / "out/train.jsonl")) == 2
+        assert len(list((tmp_path / "out/images/train").iterdir())) == 2
+
+
+# ---- tidy.py: answers, placeholders ------------------------------------------------------------
+
+TIDY = {r"2 \SQRT { 221 }": r"2\sqrt{221}", r"\FRAC { 26 } { 3 }": r"\frac{26}{3}",
+        r"12 \PI": r"12\pi", r"\frac { 9 \sqrt { 3 } } { 2 }": r"\frac{9\sqrt{3}}{2}",
+        r"<answer> $\boxed{\text{5 cm}}$ </answer>": r"\text{5 cm}", r"30 ^ \circ": r"30^\circ",
+        r"\sqrt [ 3 ] { 8 }": r"\sqrt[ 3 ]{8}", r"\pi r": r"\pi r", r"\Delta ABC": r"\Delta ABC",
+        r"\boxed{1}+\boxed{2}": r"\boxed{1}+\boxed{2}", "$1$ or $2$": "$1$ or $2$",
+        r"5\ cm": r"5\ cm", r"6 \AA": r"6\AA", r"the angle \theta": r"the angle \theta",
+        "N 34° W": "N 34° W", r"12 \text{ or } 5": r"12 \text{ or } 5", "a _ b": "a _ b",
+        "<answer>A</answer> or <answer>B</answer>": "<answer>A</answer> or <answer>B</answer>"}
+
+
+@pytest.mark.parametrize("answer", TIDY)
+def test_tidied_answers(answer):
+    tidied, changes = tidy.tidy_answer(answer)
+    assert tidied == TIDY[answer] and bool(changes) == (tidied != answer)
+    assert grade(rf"\boxed{{{tidied}}}", answer).correct or "or" in answer     # means the same
+
+
+def test_tidying_twice_changes_nothing_more_and_hostile_text_takes_no_time():
+    pieces = [r"\SQRT", r"\pi", "{", "}", " ", "  ", "2", "x", "^", "_", "[", "]", "\\ ", r"\{",
+              "$", r"\text{ a b }", r"\boxed{", "<answer>", "</answer>", "\\"]
+    chance = random.Random(0)
+    for _ in range(3000):
+        once, _ = tidy.tidy_answer("".join(chance.choices(pieces, k=9)))
+        assert tidy.tidy_answer(once) == (once, [])
+    start = time.perf_counter()
+    for text in (r"\boxed{" * 20000 + "}" * 20000, "{ " * 990, "<answer>" * 249,
+                 " " * 10**5 + "}"):
+        tidy.tidy_answer(text)
+        tidy.answer_kind(text)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("problem, question, inside", [
+    ("<image>\nFind x.", "Find x.", False), ("Find x. <image>", "Find x.", False),
+    ("In <image>, find x.", "In, find x.", True), ("<image> <image>a", "a", False)])
+def test_placeholders(problem, question, inside):
+    pictures = problem.count("<image>")
+    assert tidy.take_placeholders(problem, pictures, "here") == (question, inside)
+
+
+def test_placeholders_may_be_absent_but_never_wrong_in_number():
+    """The jsonl command: most people write none, but two for one picture is a mistake."""
+    assert tidy.take_placeholders("Why?", 1, "here", required=False) == ("Why?", False)
+    for required in (True, False):
+        with pytest.raises(ValueError, match="^here: 2 <image> placeholders but 1 pictures"):
+            tidy.take_placeholders("<image><image>", 1, "here", required)
+
+
+# ---- sources.py: what a picture cell may hold --------------------------------------------------
+
+def test_every_disguise_of_a_picture(tmp_path):
+    content = picture(5)
+    (tmp_path / "a.png").write_bytes(content)
+    text = base64.b64encode(content).decode()
+    for cell in (content, "a.png", text, f"data:image/png;base64,{text}", {"path": "a.png"},
+                 {"bytes": content, "path": "x.png"}, {"bytes": None, "path": "a.png"}, ["a.png"],
+                 f"['{text}']", '["a.png"]', [{"bytes": text}]):
+        [found] = sources.contents(cell, [tmp_path / "no", tmp_path], "here")
+        assert sources.read(found) == content and sources.decode(found).size == (40, 30)
+    for cell in (None, "", [], b"", {"bytes": None, "path": None}):
+        assert sources.contents(cell, [tmp_path], "here") == []
+    for cell in ("[open('x')]", "no base64!", 3, {"url": "x"}):
+        with pytest.raises(ValueError, match="^here: "):
+            sources.contents(cell, [tmp_path], "here")
+
+
+def test_tsv_is_read_as_text_and_leaves_the_csv_module_as_it_was(tmp_path):
+    """pandas would make None a missing value and 01 a 1.0; a picture is longer than csv allows."""
+    path = tmp_path / "a.tsv"
+    path.write_text('index\tA\tB\timage\n01\tNone\t"two\nlines"\t' + "x" * 200_000 + "\n")
+    before = csv.field_size_limit()
+    [(where, row)] = sources.rows(path)
+    assert (row["index"], row["A"], row["B"]) == ("01", "None", "two\nlines")
+    assert csv.field_size_limit() == before and "row 0 (counting from 0)" in where
+    path.write_text("index\tA\n1\n")
+    with pytest.raises(ValueError, match="row 0 .*not as many cells"):
+        list(sources.rows(path))
