@@ -8,7 +8,8 @@ A prompt is a list of token ids and, for each picture, a stack of flattened patc
     <|im_start|>user\\n<|vision_start|><|image_pad|> x n<|vision_end|>question[\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n
 
-In:  a record {"images": [paths or PIL images], "question": str} and, for the teacher, a hint.
+In:  a record {"images": [paths or PIL images], "question": str} and, for the teacher, a hint; a video
+     is {"video": [frames], "fps": 2.0}, or with "seconds", the time of each frame.
 Out: Prompt(ids, pixels, grids); batch() pads several into the keyword arguments of the model.
 
 The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  visual tokens (P = patch
@@ -24,7 +25,7 @@ What differs from the class's own processor, and why:
    them as hidden state between calls (`rope_deltas`), which a teacher's forward pass overwrites.
 3) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the RGB
    picture that a viewer would show.
-Left out: video, tool calls and multi-turn chats.
+Left out: decoding a video file (give frames), tool calls and multi-turn chats.
 """
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
+VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -91,28 +93,35 @@ def fit(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
     return new_height, new_width
 
 
-def patchify(pixels: np.ndarray, patch: int, merge: int, temporal: int) -> tuple[torch.Tensor, tuple]:
-    """(H, W, 3) uint8 -> (gh * gw, 3 * temporal * P * P) float32 in [-1, 1], grid (1, gh, gw).
+def patchify(frames: np.ndarray, patch: int, merge: int, temporal: int) -> tuple[torch.Tensor, tuple]:
+    """(F, H, W, 3) uint8 -> (t * gh * gw, 3 * temporal * P * P) float32 in [-1, 1], (t, gh, gw).
 
-    Patches of one merge x merge block stand together, since the vision tower folds each block
-    into one visual token. A still picture is a video of one moment: the frame is repeated.
+    Patches of one merge x merge block stand together, since the vision tower folds each block into
+    one visual token, and `temporal` frames share a patch: a missing last frame (a still picture has
+    only one) is the frame before it again.
     """
-    x = pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1.0        # (3, H, W)
-    gh, gw = x.shape[1] // patch, x.shape[2] // patch
-    x = x.reshape(3, gh // merge, merge, patch, gw // merge, merge, patch)
-    x = x.transpose(1, 4, 2, 5, 0, 3, 6)                  # block row, block col, row, col, 3, P, P
-    x = np.repeat(x[:, :, :, :, :, None], temporal, axis=5)               # (..., 3, T, P, P)
-    return torch.from_numpy(np.ascontiguousarray(x).reshape(gh * gw, -1)), (1, gh, gw)
+    short = -len(frames) % temporal
+    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
+    x = frames.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0     # (F, 3, H, W)
+    t, gh, gw = len(x) // temporal, x.shape[2] // patch, x.shape[3] // patch
+    x = x.reshape(t, temporal, 3, gh // merge, merge, patch, gw // merge, merge, patch)
+    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)    # t, block row, block col, row, col, 3, temporal, P, P
+    return torch.from_numpy(np.ascontiguousarray(x).reshape(t * gh * gw, -1)), (t, gh, gw)
 
 
 # ---------------------------------------------------------------------------- prompts
 
 @dataclass
 class Prompt:
-    """One prompt. ids: token ids; pixels: (patches, features) or None; grids: (t, h, w) a picture."""
+    """One prompt. ids: token ids; pixels: (patches, features) or None; grids: (t, h, w) a picture.
+
+    video, video_grids: the same of the videos, whose t counts pairs of frames.
+    """
     ids: list[int]
     pixels: torch.Tensor | None = None
     grids: list[tuple[int, int, int]] = field(default_factory=list)
+    video: torch.Tensor | None = None
+    video_grids: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class Processor:
@@ -135,6 +144,7 @@ class Processor:
         self.temporal = pictures.get("temporal_patch_size", 2)
         self.min_pixels = min_pixels or size.get("shortest_edge") or pictures["min_pixels"]
         self.max_pixels = max_pixels or size.get("longest_edge") or pictures["max_pixels"]
+        self.video_pixels = VIDEO_PIXELS
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
         for key in ("image_mean", "image_std"):
@@ -176,24 +186,59 @@ class Processor:
         Raises ValueError naming the record for a picture that cannot be read.
         """
         pictures = [self._picture(source, record) for source in record.get("images", [])]
-        return self._assemble(record, hint, [grid for _, grid in pictures],
-                              torch.cat([x for x, _ in pictures]) if pictures else None)
+        prompt = self._assemble(record, hint, [grid for _, grid in pictures])
+        prompt.pixels = torch.cat([x for x, _ in pictures]) if pictures else None
+        if prompt.video_grids:
+            _, gh, gw = prompt.video_grids[0]
+            size = (gw * self.patch, gh * self.patch)
+            frames = [np.asarray(self._resized(source, record, size)) for source in record["video"]]
+            prompt.video, _ = patchify(np.stack(frames), self.patch, self.merge, self.temporal)
+        return prompt
 
     def length(self, record: dict, hint: str | None = None) -> int:
         """Tokens that prompt() will give, without decoding the pictures (only their headers)."""
         grids = [self._open(source, record)[1] for source in record.get("images", [])]
-        return len(self._assemble(record, hint, grids, None).ids)
+        return len(self._assemble(record, hint, grids).ids)
 
-    def _assemble(self, record, hint, grids, pixels) -> Prompt:
+    def _assemble(self, record, hint, grids) -> Prompt:
         question = record["question"] + ("" if hint is None else f"\n[Hint]: {hint}")
-        vision = []
+        vision, video_grids = [], []
         for t, h, w in grids:
             vision += [("<|vision_start|>", 1), ("<|image_pad|>", t * h * w // self.merge**2),
                        ("<|vision_end|>", 1)]
+        if record.get("video"):
+            grid, times = self._video(record)
+            video_grids.append(grid)
+            for time in times:      # a video is a row of stamped moments, each like a picture
+                vision += [f"<{time:.1f} seconds>", ("<|vision_start|>", 1),
+                           ("<|video_pad|>", grid[1] * grid[2] // self.merge**2),
+                           ("<|vision_end|>", 1)]
         return Prompt(self._encode(
             ("<|im_start|>", 1), f"system\n{SYSTEM}", ("<|im_end|>", 1), "\n",
             ("<|im_start|>", 1), "user\n", *vision, question, ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "assistant\n"), pixels, grids)
+            ("<|im_start|>", 1), "assistant\n"), None, grids, None, video_grids)
+
+    def _video(self, record) -> tuple[tuple[int, int, int], list[float]]:
+        """Grid of a record's video, and the time of each of its moments (pairs of frames).
+
+        record["video"]: frames, paths or PIL images; times from record["seconds"], one a frame, or
+        from record["fps"]. Raises ValueError naming the record if neither is there.
+        """
+        frames, where = record["video"], f"record {record.get('id', '?')}"
+        if isinstance(frames, str):
+            raise ValueError(f"{where}: video {frames!r} is a file; give a list of its frames")
+        if not record.get("seconds") and not record.get("fps"):
+            raise ValueError(f"{where}: a video needs \"fps\" or \"seconds\": without times of its "
+                             "frames the model is told wrong ones")
+        times = list(record.get("seconds") or [i / record["fps"] for i in range(len(frames))])
+        if len(times) != len(frames):
+            raise ValueError(f"{where}: {len(frames)} frames but {len(times)} times in \"seconds\"")
+        times += times[-1:] * (-len(times) % self.temporal)
+        # All moments share the size of the first frame; the whole film has a budget of its own.
+        _, (_, gh, gw) = self._open(frames[0], record, self.video_pixels // len(times))
+        last = self.temporal - 1
+        return (len(times) // self.temporal, gh, gw), [
+            (times[i] + times[i + last]) / 2 for i in range(0, len(times), self.temporal)]
 
     def _encode(self, *parts) -> list[int]:
         """Ids of a mix of plain strings and (control token, repeat) pairs."""
@@ -220,29 +265,34 @@ class Processor:
         skip = self.stop_ids | {self.pad_id}
         return self.tokenizer.decode([i for i in ids if i not in skip], skip_special_tokens=False)
 
-    def _open(self, source, record) -> tuple[Image.Image, tuple[int, int, int]]:
+    def _open(self, source, record, most=math.inf) -> tuple[Image.Image, tuple[int, int, int]]:
         """The upright picture, not yet decoded where that can wait, and its grid of patches."""
         try:
             image = source if isinstance(source, Image.Image) else Image.open(source)
             # A quarter turn swaps the sides, so length() must know of it.
             if image.getexif().get(0x0112) in range(2, 9):
                 image = ImageOps.exif_transpose(image)
+            most = min(self.max_pixels, most)
             height, width = fit(image.height, image.width, self.patch * self.merge,
-                                self.min_pixels, self.max_pixels)
+                                min(self.min_pixels, most), most)
         except Exception as error:  # Pillow's readers raise many kinds, and so does fit()
             raise ValueError(f"record {record.get('id', '?')}: cannot read picture {source}: "
                              f"{error}") from error
         return image, (1, height // self.patch, width // self.patch)
 
     def _picture(self, source, record) -> tuple[torch.Tensor, tuple]:
-        image, (_, gh, gw) = self._open(source, record)
+        _, (_, gh, gw) = self._open(source, record)
+        image = self._resized(source, record, (gw * self.patch, gh * self.patch))
+        return patchify(np.asarray(image)[None], self.patch, self.merge, self.temporal)
+
+    def _resized(self, source, record, size: tuple[int, int]) -> Image.Image:
+        image, _ = self._open(source, record)
         try:
             image = to_rgb(image)
         except Exception as error:  # as above: the AVIF reader, for one, raises RuntimeError
             raise ValueError(f"record {record.get('id', '?')}: cannot decode picture {source}: "
                              f"{error}") from error
-        image = image.resize((gw * self.patch, gh * self.patch), Image.Resampling.BICUBIC)
-        return patchify(np.asarray(image), self.patch, self.merge, self.temporal)
+        return image.resize(size, Image.Resampling.BICUBIC)
 
     # -- many records
 
@@ -264,16 +314,20 @@ class Processor:
             where = slice(L - n, L) if side == "left" else slice(0, n)
             ids[row, where] = torch.tensor(prompt.ids)
             mask[row, where] = 1
-            positions[:, row, where] = rope_positions(prompt, self.image_id, self.merge)
+            positions[:, row, where] = rope_positions(prompt, self.image_id, self.merge,
+                                                         self.video_id)
         out = {"input_ids": ids, "attention_mask": mask, "position_ids": positions,
-               "mm_token_type_ids": (ids == self.image_id).int() * mask.int()}
+               "mm_token_type_ids": (ids == self.image_id).int() + 2 * (ids == self.video_id).int()}
         if any(prompt.grids for prompt in prompts):
             out["pixel_values"] = torch.cat([p.pixels for p in prompts if p.pixels is not None])
             out["image_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.grids])
+        if any(prompt.video_grids for prompt in prompts):
+            out["pixel_values_videos"] = torch.cat([p.video for p in prompts if p.video is not None])
+            out["video_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.video_grids])
         return out
 
 
-def rope_positions(prompt: Prompt, image_id: int, merge: int) -> torch.Tensor:
+def rope_positions(prompt: Prompt, image_id: int, merge: int, video_id: int = -1) -> torch.Tensor:
     """(3, L) multimodal rotary positions (M-RoPE): time, row and column of every token.
 
     Text counts on all three axes alike. A picture's tokens share one time and spread over rows and
@@ -284,10 +338,13 @@ def rope_positions(prompt: Prompt, image_id: int, merge: int) -> torch.Tensor:
     >>> rope_positions(p, image_id=9, merge=2).tolist()
     [[0, 1, 2, 3, 3, 3, 3, 3, 3, 6], [0, 1, 2, 3, 3, 3, 4, 4, 4, 6], [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]]
     """
-    pieces, here, start, grids = [], 0, 0, list(prompt.grids)
+    pieces, here, start = [], 0, 0
+    # each moment of a video stands between marks of its own, so it is placed like a picture
+    moments = [(1, h, w) for t, h, w in prompt.video_grids for _ in range(t)]
+    grids = {image_id: list(prompt.grids), video_id: moments}
     while start < len(prompt.ids):
-        if prompt.ids[start] == image_id:
-            t, h, w = grids.pop(0)
+        if prompt.ids[start] in grids:
+            t, h, w = grids[prompt.ids[start]].pop(0)
             h, w = h // merge, w // merge
             block = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)) + here
             pieces.append(block.T)

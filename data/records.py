@@ -5,7 +5,8 @@ One JSON object a line (DESIGN, "The record"):
     {"id": "toy-17", "images": ["images/17.png"], "question": "How many red shapes are there?",
      "answer": "2", "cue": "...", "rationale": "...", "options": ["..."], "source": "toy"}
 
-id, images (may be empty), question and answer are required. Picture paths are relative to the file
+id, images (may be empty), question and answer are required; a video is "video", a list of frame
+files, with "fps" or "seconds". Picture paths are relative to the file
 and may not leave its folder. Everything wrong is refused at once, with file and line, before any
 model is loaded: a training run must not die of line 8,000 after an hour.
 
@@ -18,7 +19,8 @@ import json
 from pathlib import Path
 
 REQUIRED = {"id": str, "images": list, "question": str, "answer": str}
-OPTIONAL = {"cue": str, "rationale": str, "options": (list, dict), "source": str, "kind": str}
+OPTIONAL = {"cue": str, "rationale": str, "options": (list, dict), "source": str, "kind": str,
+            "video": list, "fps": (int, float), "seconds": list}
 
 
 def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
@@ -38,7 +40,9 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
                 continue
             where = f"{path}:{number}"
             record = _parse(line, where, needs)
-            record["images"] = [_inside(path.parent, name, where) for name in record["images"]]
+            for field in ("images", "video"):        # a video is a list of frame files
+                if field in record:
+                    record[field] = [_inside(path.parent, name, where) for name in record[field]]
             if record["id"] in first_seen:
                 raise ValueError(f"{where}: id {record['id']!r} stands on line "
                                  f"{first_seen[record['id']]} already")

@@ -610,3 +610,75 @@ def test_dtype_and_mode(dtype):
     model, _ = qwen.load(qwen.TINY, dtype=dtype, device="cpu")
     expected = {None: torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float64)
     assert {p.dtype for p in model.parameters()} == {expected} and not model.training
+
+
+# ---------------------------------------------------------------------------- video
+
+def film(count, size=(48, 32), **more):
+    rng = np.random.default_rng(3)
+    frames = [Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+              for _ in range(count)]
+    return {"id": "film", "images": [], "question": "What happens?", "video": frames, **more}
+
+
+def test_video_is_a_row_of_stamped_moments(loaded):
+    """Two frames a moment; its time is the mean of theirs; an odd last frame is paired with itself."""
+    _, processor = loaded
+    prompt = processor.prompt(film(5, fps=2.0))
+    text = processor.tokenizer.decode(prompt.ids, skip_special_tokens=False)
+    pads = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    assert f"user\n<0.2 seconds>{pads}<1.2 seconds>{pads}<2.0 seconds>{pads}What happens?" in text
+    assert prompt.video_grids == [(3, 4, 6)] and prompt.video.shape[0] == 3 * 4 * 6
+    assert processor.length(film(5, fps=2.0)) == len(prompt.ids)
+
+
+def test_video_positions_equal_the_class_own(loaded, records):
+    model, processor = loaded
+    prompts = [processor.prompt(film(4, fps=1.0)), processor.prompt(records[0]),
+               processor.prompt({**film(3, seconds=[0.0, 1.5, 4.0]), "images": records[1]["images"]})]
+    batch = processor.batch(prompts)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names})
+    assert torch.equal(positions, batch["position_ids"])
+
+
+def test_video_frames_reach_the_logits_in_order(loaded):
+    """Reversed frames change the answer's logits; the same frames alone or in a batch do not."""
+    model, processor = loaded
+    forward, backward = film(4, fps=1.0), film(4, fps=1.0)
+    backward["video"] = backward["video"][::-1]
+    with torch.no_grad():
+        alone, other = (model(**processor.batch([processor.prompt(r)])).logits[0, -1]
+                        for r in (forward, backward))
+        both = model(**processor.batch([processor.prompt(forward), processor.prompt(
+            {**film(1), "video": None})])).logits[0, -1]
+    assert (alone - other).abs().max() > 1e-3
+    torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-4)
+
+
+def test_video_pixel_values_put_two_frames_in_a_patch(loaded):
+    _, processor = loaded
+    record = film(2, fps=1.0)
+    prompt, P = processor.prompt(record), processor.patch
+    patch = prompt.video[0].view(3, 2, P, P)
+    for k in (0, 1):
+        want = np.asarray(record["video"][k])[:P, :P].transpose(2, 0, 1) / 127.5 - 1
+        assert np.abs(patch[:, k].numpy() - want).max() < 1e-6
+
+
+def test_video_budget_covers_all_frames_together(loaded):
+    _, processor = loaded
+    small = qwen.Processor(processor.folder)
+    small.video_pixels = 8 * 32 * 32
+    many = small.prompt(film(8, size=(96, 96), fps=1.0))
+    t, h, w = many.video_grids[0]
+    assert t == 4 and h * w * small.patch**2 <= 32 * 32
+
+
+@pytest.mark.parametrize("more, message", [
+    ({}, 'needs "fps"'), ({"seconds": [0.0]}, '4 frames but 1 times'),
+    ({"video": "film.mp4", "fps": 1.0}, "list of its frames")])
+def test_video_without_times_is_refused(loaded, more, message):
+    """Invented times are worse than none: the model reads them as text."""
+    with pytest.raises(ValueError, match=f"record film: .*{message}"):
+        loaded[1].prompt({**film(4), **more})

@@ -163,3 +163,14 @@ def test_no_file_and_a_folder_are_refused(folder):
         records.load(folder / "other.jsonl")
     with pytest.raises(FileNotFoundError, match="no such record file.*mean .*train.jsonl"):
         records.load(folder)
+
+
+def test_frames_of_a_video_are_checked_like_pictures(tmp_path):
+    (tmp_path / "f").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "f" / "0.png")
+    line = {"id": "a", "images": [], "question": "q", "answer": "1", "video": ["f/0.png"], "fps": 2}
+    (tmp_path / "v.jsonl").write_text(json.dumps(line))
+    assert records.load(tmp_path / "v.jsonl")[0]["video"] == [str(tmp_path / "f" / "0.png")]
+    (tmp_path / "v.jsonl").write_text(json.dumps({**line, "video": ["../x.png"]}))
+    with pytest.raises(ValueError, match="v.jsonl:1: .*outside"):
+        records.load(tmp_path / "v.jsonl")
