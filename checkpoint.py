@@ -37,6 +37,13 @@ def append_jsonl(path: Path, value: dict) -> None:
         out.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                         encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """All whole lines; a last line cut by a kill is left out."""
     if not Path(path).exists():
@@ -54,10 +61,7 @@ def read_jsonl(path: Path) -> list[dict]:
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps beyond `step`: a resumed run is going to make them again."""
     if Path(path).exists():
-        kept = [json.dumps(m, ensure_ascii=False) for m in read_jsonl(path) if m["step"] <= step]
-        temporary = Path(path).with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_jsonl(path, [m for m in read_jsonl(path) if m["step"] <= step])
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:

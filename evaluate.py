@@ -9,6 +9,7 @@ The one equation (95 % interval of k right out of n, Wilson's, z = 1.96):
     (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2)
 
 Run
+    python evaluate.py --model M --benchmark mathvista --source DIR --preset paper --out results/M
     python evaluate.py --model runs/NAME/checkpoint                      on the toy world's test records
     python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
@@ -28,51 +29,147 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import benchmarks
+import checkpoint
+import metrics
 import teacher as teaching
 from data import records as record_files, toy
 from grade import Grade, grade
 from model import load, quiet
 from rollout import sample
 
-HERE = Path(__file__).resolve().parent
+# The paper's decoding, table 4: temperature, nucleus, penalty, pixels of a picture or frame.
+PAPER = dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_new_tokens=4096,
+             min_pixels=3584, max_pixels=401408)
+DECODING = (*PAPER, "seed", "batch_size")
+VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
 __all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after"]
 
 
-def evaluate(model, processor, records: list[dict], *, hint=lambda record: None,
-             max_new_tokens: int = 1024, batch_size: int = 64, temperature: float = 0.0,
-             top_p: float = 1.0, top_k: int = 0, presence_penalty: float = 0.0, seed: int = 0,
-             label: str = "") -> list[dict]:
-    """Answer and grade every record, in order. Greedy unless a temperature is given.
+def evaluate(model, processor, records: list[dict], *, label: str = "", **settings) -> list[dict]:
+    """Answer and grade every record, in order; see answer() for the settings and the rows.
 
-    hint(record): the privileged line, or None. label: of the progress bar, none if empty.
-    Returns a dict a record: id, question, gold, response, correct, extracted, rule, reason, stopped,
-    length (tokens), and grounded where the record lists its objects.
+    label: of the progress bar, none if empty.
     """
-    generator, rows = torch.Generator().manual_seed(seed), []
-    starts = tqdm(range(0, len(records), batch_size), desc=label, disable=not label, leave=False)
-    for start in starts:
+    batches = answer(model, processor, records, **settings)
+    total = -(-len(records) // settings.get("batch_size", 64))
+    return [row for rows in tqdm(batches, label, total, disable=not label, leave=False)
+            for row in rows]
+
+
+def answer(model, processor, records: list[dict], *, hint=lambda record: None,
+           max_new_tokens: int = 1024, batch_size: int = 64, temperature: float = 0.0,
+           top_p: float = 1.0, top_k: int = 0, presence_penalty: float = 0.0, seed: int = 0,
+           done=()):
+    """Yield the graded rows of one batch after the other. Greedy unless a temperature is given.
+
+    hint(record): the privileged line, or None. done: ids that need no answer any more; a batch whose
+    records are all among them is left out, and the others are drawn as if it had not been.
+    A row: id, question, gold, response, correct, extracted, rule, reason, stopped, length (tokens),
+    grounded where the record lists its objects, group and meta where a benchmark has them.
+    """
+    for start in range(0, len(records), batch_size):
         part = records[start:start + batch_size]
-        batch = processor.batch([processor.prompt(r, hint(r)) for r in part])
+        if all(record["id"] in done for record in part):
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        batch = processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, part)])
         batch = {name: tensor.to(model.lm_head.weight.device) for name, tensor in batch.items()}
         got = sample(model, batch, max_new_tokens=max_new_tokens, temperature=temperature,
                      top_p=top_p, top_k=top_k, presence_penalty=presence_penalty,
                      stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
                      pad_id=processor.pad_id, generator=generator)
-        for record, ids, n, stopped in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist()):
-            rows.append(judge(record, processor.decode(ids[:n]), stopped, n))
-    return rows
+        yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
+               in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
+
+
+def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
+    """The record with at most `count` frames of its video, chosen or decoded now, not before."""
+    if not record.get("video") or record.get("seconds"):
+        return record
+    pictures, seconds = benchmarks.frames(record, count)
+    return {**record, "video": pictures, "seconds": seconds}
 
 
 def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
-    """One graded row."""
-    verdict = grade(response, record["answer"], options=record.get("options"))
+    """One graded row. A record's own answer_kind, precision and tolerance go to the grader."""
+    verdict = grade(response, record["answer"], options=record.get("options"),
+                    kind=record.get("answer_kind", "auto"), precision=record.get("precision"),
+                    tolerance=record.get("tolerance"))
     row = {"id": record["id"], "question": record["question"], "gold": record["answer"],
            "response": response, "correct": verdict.correct, "extracted": verdict.extracted,
            "rule": verdict.rule, "reason": verdict.reason, "stopped": stopped, "length": length}
     if "objects" in record:
         row["grounded"] = verdict.correct and toy.grounded(response, record)
-    return row
+    return row | {name: record[name] for name in ("group", "meta") if name in record}
 
+
+# ---------------------------------------------------------------------------- benchmarks
+
+def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
+    """Answer one benchmark into OUT/NAME.jsonl, batch by batch, and return its numbers.
+
+    A run that was killed goes on behind its last whole batch and draws the same answers. With
+    --rescore (model None) the saved responses are graded again and nothing is asked.
+    """
+    path = Path(args.out or "results") / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decoding = {key: getattr(args, key) for key in DECODING}
+    by_id, saved = {item["id"]: item for item in items}, checkpoint.read_jsonl(path)
+    header, rows = saved[0] if saved else {}, [row for row in saved[1:] if row["id"] in by_id]
+    if args.rescore:
+        if not rows:
+            raise ValueError(f"{path}: no saved answers to grade again")
+        rows = [judge(by_id[r["id"]], r["response"], r["stopped"], r["length"]) for r in rows]
+        checkpoint.write_jsonl(path, [header, *rows])
+    else:
+        settings = {"model": str(args.model), **decoding}
+        if saved and header["settings"] != settings:
+            raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; give "
+                             "another --out")
+        if len(rows) < len(items):       # what a kill left of a batch is drawn again, with all of it
+            rows = rows[:len(rows) // args.batch_size * args.batch_size]
+        checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
+        keys = ("temperature", "top_p", "top_k", "presence_penalty", "max_new_tokens", "seed",
+                "batch_size")
+        batches = answer(model, processor, items, done={row["id"] for row in rows},
+                         **{key: decoding[key] for key in keys})
+        for batch in tqdm(batches, name, total=-(-(len(items) - len(rows)) // args.batch_size)):
+            for row in batch:
+                checkpoint.append_jsonl(path, row)
+            rows += batch
+    file = benchmarks.describe(items, readable=lambda item: judge(
+        item, f"\\boxed{{{first_gold(item)}}}", True, 0)["correct"])
+    return summarise(rows) | metrics.aggregate(name, rows, items) | {"file": file}
+
+
+def first_gold(item: dict) -> str:
+    return item["answer"] if isinstance(item["answer"], str) else item["answer"][0]
+
+
+def benchmark_table(results: dict[str, dict]) -> str:
+    """A row a benchmark, in Markdown: our headline number beside the paper's base models."""
+    lines = ["| benchmark | score % [95 %] | what | n | no answer % | cut off % | paper's base 2B, 8B |",
+             "|---|---|---|---|---|---|---|"]
+    for name, got in results.items():
+        score = got[got["headline"]]
+        bounds = None if got["points"] is None else interval(got["points"], got["of"])
+        column, small, large = metrics.PAPER_COLUMNS[name]
+        shown = "groups incomplete" if score is None else percent(score, bounds)
+        lines.append(f"| {column} | {shown} | {got['headline']} | {got['n']} | "
+                     f"{percent(got['unparsed'])} | {percent(got['cut_off'])} | {small}, {large} |")
+        more = {key: got[key] for key in ("worst_case", "score_loose") if got.get(key) is not None}
+        more |= {f"{value}": part["accuracy"] for key in ("by_version", "by_duration")
+                 for value, part in got.get(key, {}).items()}
+        lines += [f"|   {key} | {percent(value)} | | | | | |" for key, value in more.items()]
+        if "strict" in got and got["strict"]:
+            for setting in ("strict", "loose"):
+                counts = ", ".join(f"{k} {got[setting][k]}" for k in ("IK", "IG", "CM", "RM"))
+                lines.append(f"|   {setting} | {counts} | | | | | |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- counting
 
 def interval(right: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share.
@@ -163,29 +260,78 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default="", help="write every question and answer here as JSONL")
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="")
+    parser.add_argument("--benchmark", default="", choices=["", "all", *benchmarks.ROWS],
+                        help="a public benchmark instead of records, from files in --source")
+    parser.add_argument("--source", default="", help="the benchmark's file or folder")
+    parser.add_argument("--preset", default="", choices=["", "paper"],
+                        help="decoding and pixel budget of the paper's table 4")
+    parser.add_argument("--any-rows", action="store_true",
+                        help="take a benchmark file whose number of rows is not the official one")
+    parser.add_argument("--rescore", action="store_true",
+                        help="grade the saved answers of --out again, without the model")
+    if "paper" in preset_of(argv):
+        parser.set_defaults(**PAPER)
     args = parser.parse_args(argv)
     quiet()
     try:
-        own = run_settings(Path(args.model))
-        data = args.data or own["eval_data"]
-        limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
-        needs = () if args.privilege == "none" else (args.privilege,)
-        records = record_files.load(data, needs)[:limit or None]
-        model, processor = load(args.model, args.dtype or None, args.device or None,
-                                min_pixels=args.min_pixels or own["min_pixels"] or None,
-                                max_pixels=args.max_pixels or own["max_pixels"] or None)
-    except (ValueError, OSError) as error:
+        if args.benchmark:
+            main_benchmark(args)
+        else:
+            main_records(args)
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}")
+
+
+def preset_of(argv) -> list[str]:
+    """The preset named on the command line; its values are defaults that single flags override."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", default="")
+    return [parser.parse_known_args(argv)[0].preset]
+
+
+def main_records(args) -> None:
+    own = run_settings(Path(args.model))
+    data = args.data or own["eval_data"]
+    limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
+    needs = () if args.privilege == "none" else (args.privilege,)
+    records = record_files.load(data, needs)[:limit or None]
+    model, processor = load(args.model, args.dtype or None, args.device or None,
+                            min_pixels=args.min_pixels or own["min_pixels"] or None,
+                            max_pixels=args.max_pixels or own["max_pixels"] or None)
     rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
                     max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
                     batch_size=args.batch_size, temperature=args.temperature,
                     top_p=args.top_p, top_k=args.top_k,
                     presence_penalty=args.presence_penalty, seed=args.seed, label="evaluate")
     if args.out:
-        Path(args.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                                  encoding="utf-8")
+        checkpoint.write_jsonl(Path(args.out), rows)
     print(f"{args.model} on {data}")
     print(table({Path(args.model).name: summarise(rows)}))
+
+
+def main_benchmark(args) -> None:
+    if not args.source:
+        raise ValueError("--benchmark needs --source, the file or folder with the benchmark's files")
+    own = run_settings(Path(args.model))
+    for key in ("max_new_tokens", "min_pixels", "max_pixels"):
+        setattr(args, key, getattr(args, key) or own[key])
+    names = benchmarks.ROWS if args.benchmark == "all" else [args.benchmark]
+    # All files are read and checked first: a missing one must not show after hours of answers.
+    items = {name: benchmarks.load(name, args.source, check_rows=not args.any_rows)
+             [:args.limit if args.limit > 0 else None] for name in names}
+    model = processor = None
+    if not args.rescore:
+        model, processor = load(args.model, args.dtype or None, args.device or None,
+                                min_pixels=args.min_pixels or None, max_pixels=args.max_pixels or None)
+    results = {name: run_benchmark(name, items[name], args, model, processor) for name in names}
+    folder = Path(args.out or "results")
+    checkpoint.write_json(folder / "scores.json", results)
+    print(benchmark_table(results))
+    for name, got in results.items():
+        if got["file"]["unparsed_golds"]:
+            print(f"{name}: {len(got['file']['unparsed_golds'])} golds that no answer can match, "
+                  f"such as {got['file']['unparsed_golds'][:3]}")
+    print(f"answers and scores in {folder}")
 
 
 def run_settings(model: Path) -> dict:

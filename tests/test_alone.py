@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
-          "checkpoint.py", "grade.py", "data/records.py", "data/toy.py"]
+          "checkpoint.py", "grade.py", "benchmarks.py", "metrics.py", "data/records.py", "data/toy.py"]
 
 
 def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):
@@ -39,7 +39,8 @@ def helps():
     """What every script of the README says to --help."""
     out = {}
     for script in SCRIPTS:
-        commands = [[script]] + ([[script, "easy-vqa"]] if script.endswith("prepare.py") else [])
+        parts = ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]
+        commands = [[script]] + ([[script, p] for p in parts] if script.endswith("prepare.py") else [])
         for command in commands:
             got = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True,
                                  text=True)
