@@ -190,7 +190,9 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     clock.lap("score", int(rollout.lengths.sum()))
     answers = [processor.decode(ids[:n]) for ids, n in zip(rollout.ids, rollout.lengths)]
     return {"step": step + 1, **total.metrics(), **describe(rollout, answers),
-            "gradient_norm": norm, "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers
+            # null, since JSON has no NaN
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers
 
 
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:

@@ -432,6 +432,14 @@ def save(model, processor: Processor, folder) -> None:
     for name in PROCESSOR_FILES:
         if (processor.folder / name).exists():
             shutil.copyfile(processor.folder / name, temporary / name)
+    # A student trained on pictures of one size is to be used on pictures of that size.
+    pictures = _read_json(temporary / "preprocessor_config.json")
+    size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+    if pictures.get("size") != size:
+        pictures["size"] = size
+        for old_name in ("min_pixels", "max_pixels"):
+            pictures.pop(old_name, None)
+        (temporary / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
     if cue is not None:
         cue.save(temporary / CUE_FILE)
     # FOLDER.old goes only now: after a crash between the two renames it may be the last whole one

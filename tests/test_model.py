@@ -682,3 +682,12 @@ def test_video_without_times_is_refused(loaded, more, message):
     """Invented times are worse than none: the model reads them as text."""
     with pytest.raises(ValueError, match=f"record film: .*{message}"):
         loaded[1].prompt({**film(4), **more})
+
+
+def test_save_keeps_the_pixel_budget_of_the_run(tiny, tmp_path):
+    """Trained on small pictures and evaluated on large ones: the flag must not be needed twice."""
+    model, processor = tiny
+    own = qwen.Processor(processor.folder, min_pixels=2048, max_pixels=8192)
+    qwen.save(model, own, tmp_path / "out")
+    again = qwen.Processor(tmp_path / "out")
+    assert (again.min_pixels, again.max_pixels) == (2048, 8192)
