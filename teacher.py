@@ -17,7 +17,9 @@ student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to sound 
 function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), so all of it can be learnt.
 
 In:  a record and the name of a privilege; a student model.  Out: a hint; a frozen teacher model.
-Use it alone: imports torch only.
+Use it alone: imports torch only (the commands below need cues.py, leaks.py and grade.py).
+    python teacher.py write-cues --model M --data my/train.jsonl --out my/cued.jsonl
+    python teacher.py audit my/cued.jsonl
 
 Choices a reader may wonder about
 1) The teacher never has the recovery module, is in eval mode and has no gradients.
@@ -92,3 +94,14 @@ def check_same_vocabulary(student: dict[str, int], teacher: dict[str, int],
         token = min(differing)
         raise ValueError(f"student and teacher name {len(differing)} tokens differently, such as "
                          f"{token!r}: id {student.get(token)} and {teacher.get(token)}")
+
+
+def audit(cue: str, answer: str, question: str = "", options=None) -> list[str]:
+    """Reasons not to use this cue, empty when it is clean: leaks.audit, found where it is used."""
+    from leaks import audit as look
+    return look(cue, answer, question, options)
+
+
+if __name__ == "__main__":
+    from cues import main     # the commands write-cues and audit
+    main()

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
-          "checkpoint.py", "grade.py", "benchmarks.py", "metrics.py", "data/records.py", "data/toy.py"]
+          "checkpoint.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
+          "data/records.py", "data/toy.py"]
 
 
 def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):
@@ -31,16 +32,17 @@ def test_rollout_needs_torch_only():
     assert imported <= {"__future__", "inspect", "dataclasses", "torch"}
 
 
-SCRIPTS = ["distill.py", "evaluate.py", "data/toy.py", "data/prepare.py", "data/make_tiny.py"]
+PARTS = {"distill.py": [], "evaluate.py": [], "teacher.py": ["write-cues", "audit"],
+         "data/toy.py": [], "data/make_tiny.py": [],
+         "data/prepare.py": ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]}
 
 
 @pytest.fixture(scope="module")
 def helps():
     """What every script of the README says to --help."""
     out = {}
-    for script in SCRIPTS:
-        parts = ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]
-        commands = [[script]] + ([[script, p] for p in parts] if script.endswith("prepare.py") else [])
+    for script, parts in PARTS.items():
+        commands = [[script], *([script, part] for part in parts)]
         for command in commands:
             got = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True,
                                  text=True)

@@ -1,0 +1,160 @@
+"""cues.py and leaks.py: the writer never sees the answer, nothing is lost, and the audit's rates."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import cues
+import leaks
+import model as qwen
+import rollout
+import teacher
+from conftest import ROOT
+
+CASES = [json.loads(line) for line in (ROOT / "tests" / "leak_cases.jsonl").open(encoding="utf-8")]
+
+
+# ---------------------------------------------------------------------------- the audit
+
+@pytest.mark.parametrize("part, precision, recall", [("tuned", 0.97, 0.95), ("held out", 0.90, 0.85)])
+def test_audit_on_labelled_cues(part, precision, recall):
+    """Measured: tuned 149 of 151 leaks found, held out 18 of 20; no clean cue flagged in either."""
+    cases = [case for case in CASES if case["part"] == part]
+    said = [bool(teacher.audit(c["cue"], c["answer"], c["question"], c.get("options"))) for c in cases]
+    hits = sum(flagged and case["leak"] for flagged, case in zip(said, cases))
+    assert hits / sum(said) >= precision
+    assert hits / sum(case["leak"] for case in cases) >= recall
+
+
+@pytest.mark.parametrize("cue, reason", [
+    ("", "empty"), ("...", "empty"), ("A triangle with the side", "cut off"),
+    ("How long is the side AB of the triangle?", "parrots the question"),
+    ("By the Pythagorean theorem the sides are related.", "theorem"),
+    ("The sides are 3 and 4, so 3 + 4 = 7.", "calculation"),
+    ("The side AB is 5.", "answer")])
+def test_audit_names_its_reason(cue, reason):
+    assert reason in leaks.audit(cue, "5", "How long is the side AB of the triangle?")
+
+
+def test_audit_never_raises_on_junk():
+    for junk in ("\\frac{", "(((", "=" * 500, "$" * 99, "is is is = : of", "\u2028\x00", "[Hint]:"):
+        leaks.audit(junk, junk, junk, [junk, junk])
+        leaks.audit(junk, "", "", None)
+
+
+def test_toy_cues_are_clean(records):
+    """Row numbers equal answers all the time there: visible evidence, not a leak."""
+    assert not [r["cue"] for r in records if teacher.audit(r["cue"], r["answer"], r["question"])]
+
+
+# ---------------------------------------------------------------------------- the writer
+
+def test_the_writer_never_sees_the_answer(loaded, records):
+    """A writer that knows the answer puts it into the cue; here the prompt cannot depend on it."""
+    _, processor = loaded
+    for kind in cues.PROMPT:
+        one = processor.prompt(cues.writer_view(records[0], kind))
+        other = processor.prompt(cues.writer_view(
+            {**records[0], "answer": "999", "rationale": "999", "options": ["999"], "cue": "9"}, kind))
+        assert one.ids == other.ids and torch.equal(one.pixels, other.pixels)
+
+
+def write(folder, out, *more):
+    cues.main(["write-cues", "--model", str(qwen.TINY), "--data", str(folder / "train.jsonl"),
+               "--out", str(folder / out), "--batch-size", "4", "--max-new-tokens", "40",
+               "--limit", "10", "--retries", "1", "--device", "cpu", *more])
+    return [checkpoint.read_jsonl(folder / name) for name in
+            (out, out.replace(".jsonl", ".rejected.jsonl"))]
+
+
+@pytest.fixture
+def world(toy_folder, tmp_path):
+    import shutil
+    shutil.copytree(toy_folder, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def test_every_record_is_written_or_set_aside(world, capsys):
+    kept, refused = write(world, "cued.jsonl")
+    source = checkpoint.read_jsonl(world / "train.jsonl")[:10]
+    assert sorted(r["id"] for r in kept + refused) == sorted(r["id"] for r in source)
+    for row in kept:
+        assert row["cue_meta"]["prompt"] == "cue-1" and row["cue"]
+        assert not leaks.audit(row["cue"], row["answer"], row["question"], None, True)
+    for row in refused:
+        assert len(row["cue_meta"]["rejected"]) == 2 and row["cue_meta"]["rejected"][0]["reasons"]
+    assert f"{len(kept)} cues" in capsys.readouterr().out
+    if kept:
+        from data import records as record_files
+        record_files.load(world / "cued.jsonl", ("cue",))
+
+
+def test_a_killed_writer_goes_on_to_the_same_cues(world):
+    """Half a batch and half a line are left by a kill; the batch is drawn again as a whole."""
+    whole = write(world, "cued.jsonl")
+    paths = [world / "cued.jsonl", world / "cued.rejected.jsonl"]
+    for path, rows in zip(paths, whole):
+        if rows:
+            checkpoint.write_jsonl(path, rows[:len(rows) // 2])
+            with open(path, "a") as file:
+                file.write('{"id": "cut')
+    again = write(world, "cued.jsonl")
+    by_id = [{row["id"]: row for row in part} for part in whole]
+    assert [{row["id"]: row for row in part} for part in again] == by_id
+
+
+def test_a_leaking_draw_is_tried_again(loaded, records, monkeypatch):
+    """First everybody leaks, then nobody does: two tries, and the reasons of the first are kept."""
+    model, processor = loaded
+    texts = iter(["The answer is 5."] * 2 + ["A red circle stands in a corner."] * 2)
+
+    def fake(model, batch, **settings):
+        ids = [processor.encode(next(texts)) for _ in batch["input_ids"]]
+        lengths = torch.tensor([len(i) for i in ids])
+        width = int(lengths.max())
+        return rollout.Rollout(torch.tensor([i + [0] * (width - len(i)) for i in ids]), lengths,
+                               torch.ones(len(ids), dtype=torch.bool), torch.zeros(len(ids), width))
+    monkeypatch.setattr(rollout, "sample", fake)
+    from types import SimpleNamespace
+    args = SimpleNamespace(kind="cue", retries=2, seed=0, max_new_tokens=9, temperature=1.0)
+    part = [{**records[0], "answer": "5"}, {**records[1], "answer": "5"}]
+    for got in cues.write_batch(model, processor, part, args, 0):
+        assert got["text"] == "A red circle stands in a corner." and got["tries"] == 2
+        assert "answer" in got["rejected"][0]["reasons"]
+
+
+def test_a_rationale_is_kept_only_if_its_answer_is_right(records):
+    record = {**records[0], "answer": "3"}
+    assert not cues.reasons_against("Two and one, so \\boxed{3}", record, "rationale", True)
+    assert cues.reasons_against("So \\boxed{4}", record, "rationale", True) == ["wrong answer"]
+    assert cues.reasons_against("So \\boxed{3}", record, "rationale", False) == ["cut off"]
+
+
+def test_cues_belong_beside_their_source(world, tmp_path):
+    """Picture paths are relative to the record file: elsewhere they would point nowhere."""
+    for out in (tmp_path / "elsewhere.jsonl", world / "train.jsonl"):
+        with pytest.raises(SystemExit, match="beside"):
+            cues.main(["write-cues", "--model", str(qwen.TINY), "--data",
+                       str(world / "train.jsonl"), "--out", str(out)])
+
+
+def test_other_settings_do_not_mix_in_one_file(world):
+    write(world, "cued.jsonl")
+    with pytest.raises(SystemExit, match="was written with"):
+        write(world, "cued.jsonl", "--seed", "7")
+
+
+def test_the_audit_command_prints_rate_and_examples(tmp_path):
+    rows = [{"cue": "The answer is 5.", "answer": "5", "question": "Find x."},
+            {"cue": "A triangle with a side labelled 4.", "answer": "5", "question": "Find x."}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = subprocess.run([sys.executable, str(ROOT / "teacher.py"), "audit", str(tmp_path / "c.jsonl")],
+                         capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    assert "1 of 2 cues flagged: 50.0 %" in got.stdout and "c.jsonl:1" in got.stdout
+    (tmp_path / "c.jsonl").write_text('{"cue": "x"}\n')
+    with pytest.raises(SystemExit, match="c.jsonl:1"):
+        cues.main(["audit", str(tmp_path / "c.jsonl")])
