@@ -25,10 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The old text or the new one, never a part of it."""
     temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def append_jsonl(path: Path, value: dict) -> None:
@@ -38,10 +43,7 @@ def append_jsonl(path: Path, value: dict) -> None:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-                         encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -174,8 +174,8 @@ class CueRecovery(nn.Module):
             # Pictures come first in a prompt, so this span is nearly all visual tokens.
             now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
             now.visual = visual[:, now.lo:now.hi]
-            first = torch.zeros_like(ids[:, 0]) if mask is None else mask.long().argmax(dim=1)
-            now.sink = first                                                       # (B,)
+            # (B,), the first token that is not padding
+            now.sink = torch.zeros_like(ids[:, 0]) if mask is None else mask.long().argmax(dim=1)
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""

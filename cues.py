@@ -74,11 +74,10 @@ def write_batch(model, processor, part: list[dict], args, start: int) -> list[di
         if not open_rows:
             break
         prompts = [processor.prompt(writer_view(part[row], args.kind)) for row in open_rows]
-        batch = {name: x.to(model.device) for name, x in processor.batch(prompts).items()}
+        batch = processor.batch(prompts, device=model.device)
         seed = (args.seed * 1_000_003 + start) * 101 + attempt
         got = sample(model, batch, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                     stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
-                     pad_id=processor.pad_id, generator=torch.Generator().manual_seed(seed))
+                     generator=torch.Generator().manual_seed(seed), **processor.sampling)
         for row, ids, n, stopped in zip(open_rows, got.ids, got.lengths.tolist(),
                                         got.stopped.tolist()):
             text = processor.decode(ids[:n]).strip()

@@ -36,9 +36,7 @@ import argparse
 import json
 import math
 import random
-import re
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -126,10 +124,11 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
                             help=f.metadata["help"], **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
                         help="go on with this run, with its own settings (--steps may be raised)")
-    given = parser.parse_args(argv, namespace=argparse.Namespace())
-    typed = vars(given).copy()
-    resume = typed.pop("resume")
-    changed = {k: v for k, v in typed.items() if was_typed(k, argv)}
+    typed = vars(parser.parse_args(argv))
+    # argparse leaves alone what has a value already: parsed over Nones, only what was typed is set
+    blank = argparse.Namespace(**dict.fromkeys(typed))
+    changed = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
+    resume, _ = typed.pop("resume"), changed.pop("resume", None)
     if resume:
         other = sorted(set(changed) - {"steps"})
         if other:
@@ -148,12 +147,6 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
     return config, None
 
 
-def was_typed(name: str, argv) -> bool:
-    flag = name.replace("_", "-")
-    return any(re.fullmatch(rf"--(no-)?{flag}(=.*)?", word)
-               for word in (sys.argv[1:] if argv is None else argv))
-
-
 # ---------------------------------------------------------------------------- one step
 
 def training_step(student, teacher, processor, records: list[dict], config: Config, step: int,
@@ -161,7 +154,8 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     """The algorithm. Returns the step's metrics and the student's answers as text."""
     # 1) prompts: what the student sees, and the same with the privilege in it
     prompts = [processor.prompt(r) for r in records]
-    hinted = [processor.prompt(r, teaching.hint(r, config.privilege)) for r in records]
+    hinted = [processor.prompt(r, teaching.hint(r, config.privilege), seen=prompt)
+              for r, prompt in zip(records, prompts)]
     # 2) rollout: the student answers (eq. 6: y ~ p_theta)
     clock = Clock()
     rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
@@ -170,13 +164,13 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     total = Totals()
     student.train()
     for rows in micro_batches(prompts, hinted, rollout, config.micro_batch_tokens):
-        ids, lengths = rollout.ids[rows, :int(rollout.lengths[rows].max())], rollout.lengths[rows]
+        lengths = rollout.lengths[rows]
+        ids, mask = (x[rows, :int(lengths.max())] for x in (rollout.ids, rollout.mask))  # (B, T)
         with torch.no_grad():
-            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, lengths)
-        said_by_student = response_states(student, processor, prompts, rows, ids, lengths)
+            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, mask)
+        said_by_student = response_states(student, processor, prompts, rows, ids, mask)
         # per-sequence mean, then mean over all prompts of the step, however it is cut (eq. 7)
         weights = (1 / (len(records) * lengths)).repeat_interleave(lengths)              # (N,)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         stats = {}
         nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
                             teacher.lm_head.weight, config.loss, weights=weights,
@@ -200,11 +194,10 @@ def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(prompts), config.sample_batch):
-        batch = to_device(processor.batch(prompts[start:start + config.sample_batch]), student)
+        batch = processor.batch(prompts[start:start + config.sample_batch], device=student.device)
         parts.append(sample(student, batch, max_new_tokens=config.max_new_tokens,
                             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                            stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
-                            pad_id=processor.pad_id, generator=generator))
+                            generator=generator, **processor.sampling))
     T = max(part.ids.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return Rollout(torch.cat([pad(p.ids, (0, T - p.ids.shape[1]), value=processor.pad_id)
@@ -213,14 +206,16 @@ def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
                    torch.cat([pad(p.logprobs, (0, T - p.logprobs.shape[1])) for p in parts]))
 
 
-def response_states(model, processor, prompts, rows, ids, lengths) -> torch.Tensor:
-    """(N, D) last hidden states from which each response token of `rows` is predicted, row by row."""
-    batch = to_device(processor.batch([prompts[row] for row in rows]), model)
-    T = ids.shape[1]
-    hidden = model.model(**append_response(batch, ids, lengths), use_cache=False).last_hidden_state
-    mask = torch.arange(T, device=ids.device) < lengths[:, None]                         # (B, T)
+def response_states(model, processor, prompts, rows, ids, mask) -> torch.Tensor:
+    """(N, D) last hidden states from which each response token of `rows` is predicted.
+
+    ids, mask (B, T): the responses of these rows, and where there are tokens in them.
+    """
+    batch = processor.batch([prompts[row] for row in rows], device=model.device)
+    both = append_response(batch, ids, mask.sum(dim=1))
+    hidden = model.model(**both, use_cache=False).last_hidden_state                      # (B, L + T, D)
     # the state at column t predicts the token at t + 1, so the response is read one column early
-    return hidden[:, -T - 1:-1][mask]
+    return hidden[:, -ids.shape[1] - 1:-1][mask]
 
 
 def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
@@ -238,11 +233,6 @@ def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
         else:
             groups.append([row])
     return groups
-
-
-def to_device(batch: dict, model) -> dict:
-    device = model.lm_head.weight.device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # ---------------------------------------------------------------------------- what is measured
@@ -285,8 +275,8 @@ class Totals:
 
 
 def describe(rollout: Rollout, answers: list[str]) -> dict:
-    """Length, share cut off, and the word "hint" (whole word, any case: table 8) in the answers."""
-    hints = [len(re.findall(r"\bhint\b", answer, re.IGNORECASE)) for answer in answers]
+    """Length, share cut off, and the word "hint" in the answers."""
+    hints = [evaluate.count_hints(answer) for answer in answers]
     return {"length": float(rollout.lengths.float().mean()),
             "cut_off": float((~rollout.stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
@@ -301,8 +291,9 @@ def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
     needs = () if config.privilege == "none" else (config.privilege,)
     train = record_files.load(config.data, needs)
     test = record_files.load(config.eval_data, needs)
-    fits = [max(processor.length(r), processor.length(r, teaching.hint(r, config.privilege)))
-            <= config.max_prompt_tokens for r in train]
+    # the teacher's prompt is the student's and a line more, so its length decides for both
+    fits = [processor.length(r, teaching.hint(r, config.privilege)) <= config.max_prompt_tokens
+            for r in train]
     kept = [record for record, ok in zip(train, fits) if ok]
     if not kept:
         raise ValueError(f"{config.data}: no prompt fits in --max-prompt-tokens "

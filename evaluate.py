@@ -73,12 +73,11 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
         if all(record["id"] in done for record in part):
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        batch = processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, part)])
-        batch = {name: tensor.to(model.lm_head.weight.device) for name, tensor in batch.items()}
+        batch = processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, part)],
+                                device=model.device)
         got = sample(model, batch, max_new_tokens=max_new_tokens, temperature=temperature,
                      top_p=top_p, top_k=top_k, presence_penalty=presence_penalty,
-                     stop_ids=processor.stop_ids, banned_ids=processor.banned_ids,
-                     pad_id=processor.pad_id, generator=generator)
+                     generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
                in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
 
@@ -130,10 +129,8 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
         if len(rows) < len(items):       # what a kill left of a batch is drawn again, with all of it
             rows = rows[:len(rows) // args.batch_size * args.batch_size]
         checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
-        keys = ("temperature", "top_p", "top_k", "presence_penalty", "max_new_tokens", "seed",
-                "batch_size")
         batches = answer(model, processor, items, done={row["id"] for row in rows},
-                         **{key: decoding[key] for key in keys})
+                         **{key: value for key, value in decoding.items() if "pixels" not in key})
         for batch in tqdm(batches, name, total=-(-(len(items) - len(rows)) // args.batch_size)):
             for row in batch:
                 checkpoint.append_jsonl(path, row)
@@ -183,6 +180,11 @@ def interval(right: int, n: int) -> tuple[float, float]:
     return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
 
 
+def count_hints(response: str) -> int:
+    """How often the word "hint" stands there: whole word, any case (table 8)."""
+    return len(re.findall(r"\bhint\b", response, re.IGNORECASE))
+
+
 def summarise(rows: list[dict]) -> dict:
     """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""
     n = len(rows)
@@ -191,7 +193,7 @@ def summarise(rows: list[dict]) -> dict:
            "unparsed": sum(row["extracted"] is None for row in rows) / n,
            "cut_off": sum(not row["stopped"] for row in rows) / n,
            "length": sum(row["length"] for row in rows) / n,
-           "hint_rows": sum(bool(re.search(r"\bhint\b", row["response"], re.I)) for row in rows)}
+           "hint_rows": sum(count_hints(row["response"]) > 0 for row in rows)}
     if all("grounded" in row for row in rows):
         grounded = sum(row["grounded"] for row in rows)
         out |= {"grounded": grounded / n, "grounded_interval": interval(grounded, n)}
@@ -269,9 +271,10 @@ def main(argv=None) -> None:
                         help="take a benchmark file whose number of rows is not the official one")
     parser.add_argument("--rescore", action="store_true",
                         help="grade the saved answers of --out again, without the model")
-    if "paper" in preset_of(argv):
-        parser.set_defaults(**PAPER)
     args = parser.parse_args(argv)
+    if args.preset == "paper":         # its values are defaults, so that single flags override them
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
     quiet()
     try:
         if args.benchmark:
@@ -280,13 +283,6 @@ def main(argv=None) -> None:
             main_records(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}")
-
-
-def preset_of(argv) -> list[str]:
-    """The preset named on the command line; its values are defaults that single flags override."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--preset", default="")
-    return [parser.parse_known_args(argv)[0].preset]
 
 
 def main_records(args) -> None:

@@ -33,7 +33,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +130,7 @@ class Processor:
     Attributes a training loop needs:
       stop_ids    set: the generation config's eos ids and <|im_end|>; two models may disagree here
       banned_ids  list: control tokens and unused embedding rows, never to be sampled
+      sampling    these and the pad id, as the keyword arguments that rollout.sample takes
       pad_id, image_id, video_id, vocab (token -> id, to compare two models)
     """
 
@@ -175,23 +176,29 @@ class Processor:
         unused = set(range(config["text_config"]["vocab_size"])) - set(self.vocab.values())
         control = {i for name, i in added.items() if name.startswith("<|")}
         self.banned_ids = sorted((unused | control) - self.stop_ids)
+        self.sampling = {"stop_ids": self.stop_ids, "banned_ids": self.banned_ids,
+                         "pad_id": self.pad_id}
 
     # -- one record
 
-    def prompt(self, record: dict, hint: str | None = None) -> Prompt:
+    def prompt(self, record: dict, hint: str | None = None, seen: Prompt | None = None) -> Prompt:
         """One record as a Prompt, in Qwen3-VL's chat format: pictures, question, then the hint.
 
         With `hint` (the teacher's view) a line "[Hint]: ..." follows the question; the end of the
         prompt, the assistant header, is the same, so student and teacher answer from one place.
+        seen: a prompt of the same record, to take the pictures from instead of decoding them again.
         Raises ValueError naming the record for a picture that cannot be read.
         """
+        if seen is not None:
+            return replace(seen, ids=self._assemble(record, hint, seen.grids).ids)
         pictures = [self._picture(source, record) for source in record.get("images", [])]
         prompt = self._assemble(record, hint, [grid for _, grid in pictures])
         prompt.pixels = torch.cat([x for x, _ in pictures]) if pictures else None
         if prompt.video_grids:
             _, gh, gw = prompt.video_grids[0]
             size = (gw * self.patch, gh * self.patch)
-            frames = [np.asarray(self._resized(source, record, size)) for source in record["video"]]
+            frames = [np.asarray(self._resized(self._open(source, record)[0], source, record, size))
+                      for source in record["video"]]
             prompt.video, _ = patchify(np.stack(frames), self.patch, self.merge, self.temporal)
         return prompt
 
@@ -281,12 +288,11 @@ class Processor:
         return image, (1, height // self.patch, width // self.patch)
 
     def _picture(self, source, record) -> tuple[torch.Tensor, tuple]:
-        _, (_, gh, gw) = self._open(source, record)
-        image = self._resized(source, record, (gw * self.patch, gh * self.patch))
+        image, (_, gh, gw) = self._open(source, record)
+        image = self._resized(image, source, record, (gw * self.patch, gh * self.patch))
         return patchify(np.asarray(image)[None], self.patch, self.merge, self.temporal)
 
-    def _resized(self, source, record, size: tuple[int, int]) -> Image.Image:
-        image, _ = self._open(source, record)
+    def _resized(self, image, source, record, size: tuple[int, int]) -> Image.Image:
         try:
             image = to_rgb(image)
         except Exception as error:  # as above: the AVIF reader, for one, raises RuntimeError
@@ -296,12 +302,13 @@ class Processor:
 
     # -- many records
 
-    def batch(self, prompts: list[Prompt], side: str = "left") -> dict:
+    def batch(self, prompts: list[Prompt], side: str = "left", device=None) -> dict:
         """Pad prompts into the keyword arguments of the model: `model(**processor.batch(prompts))`.
 
         input_ids, attention_mask, mm_token_type_ids (B, L) and position_ids (3, B, L); with pictures
         also pixel_values (patches, features) and image_grid_thw (pictures, 3). Left padding puts the
         last prompt token of every row in the last column, where sampling reads its first logit.
+        device: where the tensors go, the CPU if left out.
         """
         if side not in ("left", "right"):
             raise ValueError(f"side is {side!r}, expected 'left' or 'right'")
@@ -324,7 +331,7 @@ class Processor:
         if any(prompt.video_grids for prompt in prompts):
             out["pixel_values_videos"] = torch.cat([p.video for p in prompts if p.video is not None])
             out["video_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.video_grids])
-        return out
+        return {name: tensor.to(device) for name, tensor in out.items()}
 
 
 def rope_positions(prompt: Prompt, image_id: int, merge: int, video_id: int = -1) -> torch.Tensor:

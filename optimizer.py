@@ -15,6 +15,8 @@ Left out: 8-bit states; weights without weight decay (it is off by default, else
 """
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -51,7 +53,7 @@ class Optimizer:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.clip))
-        if torch.isfinite(torch.tensor(norm)):
+        if math.isfinite(norm):
             scale = min(1.0, (step + 1) / max(1, self.warmup))
             scale *= 1 - (1 - self.final) * step / max(1, self.steps)
             for group in self.adam.param_groups:

@@ -213,7 +213,7 @@ def report(model, processor, count: int, seed: int = 1) -> str:
             {"images": [p], "question": "Describe the picture." if kind == "seen" else r["question"]},
             None if kind in ("seen", "alone") else r[kind]) for p, r, _ in rows]
         got = sample(model, processor.batch(prompts), max_new_tokens=96, temperature=0,
-                     stop_ids=processor.stop_ids, banned_ids=processor.banned_ids)
+                     **processor.sampling)
         texts = [processor.decode(ids[:n]) for ids, n in zip(got.ids, got.lengths)]
         if kind == "seen":
             right = [t == f"I see {toy.listing(s.things)}." for t, (_, _, s) in zip(texts, rows)]
