@@ -115,7 +115,12 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     decoding = {key: getattr(args, key) for key in DECODING}
     by_id, saved = {item["id"]: item for item in items}, checkpoint.read_jsonl(path)
-    header, rows = saved[0] if saved else {}, [row for row in saved[1:] if row["id"] in by_id]
+    header, rows = saved[0] if saved else {}, saved[1:]
+    # The file is written anew below: answers to questions that are not asked now must not get lost.
+    strange = [row["id"] for row in rows if row["id"] not in by_id]
+    if strange:
+        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
+                         f"{strange[0]}; give another --out, or the same --source and --limit")
     if args.rescore:
         if not rows:
             raise ValueError(f"{path}: no saved answers to grade again")

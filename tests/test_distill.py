@@ -185,6 +185,12 @@ def test_the_toy_settings_hold_for_the_tiny_student_only():
     assert real.lr == 1e-6 and real.batch_size == 128 and real.steps == 275
 
 
+def test_a_shortened_flag_counts_as_typed():
+    """argparse takes --step for --steps; the toy's own value must not win over it."""
+    shortened, _ = distill.read_config(["--step", "7", "--no-cue", "--clip=2"])
+    assert (shortened.steps, shortened.cue_recovery, shortened.clip) == (7, False, 2.0)
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--student", "Qwen/No-Such-Model"], "the tiny default"),
     (["--student", "/no/such/folder"], "the tiny default"),

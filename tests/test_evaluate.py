@@ -221,6 +221,18 @@ def test_a_killed_benchmark_goes_on_and_draws_the_same(tmp_path):
         evaluate.main(bench(source, tmp_path / "out", "--benchmark", "dynamath"))
 
 
+def test_a_smaller_limit_does_not_delete_answers(tmp_path):
+    """The answers' file is written anew on every start; rows beyond --limit were lost with it."""
+    source = fabricate.official("mathvista", tmp_path / "files")
+    evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))
+    before = (tmp_path / "out" / "mathvista.jsonl").read_bytes()
+    for more in ((), ("--rescore",)):
+        with pytest.raises(SystemExit, match="other questions"):
+            evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--limit", "2",
+                                *more))
+    assert (tmp_path / "out" / "mathvista.jsonl").read_bytes() == before
+
+
 def test_rescoring_needs_no_model_and_keeps_the_answers(tmp_path, monkeypatch):
     source = fabricate.official("mathvista", tmp_path / "files")
     evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))

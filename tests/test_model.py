@@ -684,6 +684,19 @@ def test_video_without_times_is_refused(loaded, more, message):
         loaded[1].prompt({**film(4), **more})
 
 
+def test_a_hinted_prompt_can_take_the_pictures_of_the_plain_one(loaded, records, monkeypatch):
+    """The teacher's prompt must be the same with the student's pixels, and decode nothing."""
+    _, processor = loaded
+    for record in (records[0], film(3, fps=1.0), {"id": "t", "images": [], "question": "Why?"}):
+        plain, whole = processor.prompt(record), processor.prompt(record, "look")
+        with monkeypatch.context() as patch:
+            patch.setattr(qwen, "patchify", None)
+            taken = processor.prompt(record, "look", seen=plain)
+        assert (taken.ids, taken.grids, taken.video_grids) == (
+            whole.ids, whole.grids, whole.video_grids)
+        assert taken.pixels is plain.pixels and taken.video is plain.video
+
+
 def test_save_keeps_the_pixel_budget_of_the_run(tiny, tmp_path):
     """Trained on small pictures and evaluated on large ones: the flag must not be needed twice."""
     model, processor = tiny
