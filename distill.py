@@ -191,13 +191,16 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
 
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     """Sample one response to every prompt, `sample_batch` rows at a time; a Rollout for all."""
-    generator = torch.Generator().manual_seed(seed)
+    # drawn for the whole step at once, so that a token does not depend on how the step is cut
+    uniforms = torch.rand(len(prompts), config.max_new_tokens, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(seed))
     parts = []
     for start in range(0, len(prompts), config.sample_batch):
-        batch = processor.batch(prompts[start:start + config.sample_batch], device=student.device)
+        rows = slice(start, start + config.sample_batch)
+        batch = processor.batch(prompts[rows], device=student.device)
         parts.append(sample(student, batch, max_new_tokens=config.max_new_tokens,
                             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                            generator=generator, **processor.sampling))
+                            uniforms=uniforms[rows], **processor.sampling))
     T = max(part.ids.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return Rollout(torch.cat([pad(p.ids, (0, T - p.ids.shape[1]), value=processor.pad_id)

@@ -64,12 +64,14 @@ class Rollout:
 @torch.no_grad()
 def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
-           stop_ids, banned_ids=(), pad_id: int = 0, generator=None) -> Rollout:
+           stop_ids, banned_ids=(), pad_id: int = 0, generator=None, uniforms=None) -> Rollout:
     """Sample a response to every prompt of `batch`; see the header for what and why.
 
     temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted once
     from every id already generated; repetition_penalty divides positive and multiplies negative logits
-    of them. The model is put in eval mode and left as it was found.
+    of them. uniforms (B, max_new_tokens) in [0, 1): the numbers to draw with, in place of the generator's;
+    a caller that cuts one batch into parts hands each part its rows, and the cut changes no token.
+    The model is put in eval mode and left as it was found.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
@@ -109,8 +111,11 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
             if len(banned):
                 logits[:, banned] = float("-inf")
             # 3) draw, on every row of the batch so that finished neighbours change nothing
-            uniform = None if temperature == 0 else torch.rand(
-                B, generator=generator, dtype=torch.float64).to(device)[running]
+            uniform = None
+            if temperature > 0:
+                uniform = uniforms[:, t] if uniforms is not None else torch.rand(
+                    B, generator=generator, dtype=torch.float64)
+                uniform = uniform.to(device)[running]
             tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
             out_ids[running, t], out_logprobs[running, t] = tokens, logprobs
             lengths[running] += 1

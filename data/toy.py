@@ -28,6 +28,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,11 +188,15 @@ def grounded(response: str, record: dict) -> bool:
 
 # ---------------------------------------------------------------------------- writing
 
-def write(folder, train: int = 3000, test: int = 512, seed: int = 0) -> None:
-    """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when it is whole."""
+def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bool = True) -> None:
+    """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when it is whole.
+
+    replace False keeps a folder that another process wrote meanwhile: it may be reading it by now.
+    """
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: two first runs side by side must not draw into one folder
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     for split, count in (("train", train), ("test", test)):
         rng = random.Random(f"{seed} {split}")
         (temporary / "images" / split).mkdir(parents=True)
@@ -202,8 +207,15 @@ def write(folder, train: int = 3000, test: int = 512, seed: int = 0) -> None:
                 draw(scene, rng).save(temporary / image)
                 record = make_record(scene, make_question(scene, rng), f"toy-{split}-{n}", image)
                 out.write(json.dumps(record) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    temporary.chmod(0o755)                   # mkdtemp makes it private
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if replace or not folder.is_dir():
+            raise
 
 
 def default() -> Path:
@@ -211,7 +223,7 @@ def default() -> Path:
     folder = Path(__file__).resolve().parent / "toy"
     if not (folder / "train.jsonl").exists():
         print(f"drawing the toy world in {folder}")
-        write(folder)
+        write(folder, replace=False)
     return folder
 
 

@@ -116,13 +116,13 @@ def test_step_samples_differ_between_steps_and_repeat_for_one(tiny, records):
     assert len({tuple(row.tolist()) for row in first}) > 4
 
 
-def test_sample_in_parts_keeps_order(tiny, records):
+def test_sample_in_parts_changes_no_token(tiny, records):
+    """Rows draw from numbers of their own, so how a step is cut (by memory, by ranks) is not seen."""
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records[:5]]
-    greedy = config(temperature=0.0)
-    whole = distill.sample_all(student, processor, prompts, greedy, seed=0)
+    whole = distill.sample_all(student, processor, prompts, config(temperature=1.5), seed=0)
     parts = distill.sample_all(student, processor, prompts,
-                               config(temperature=0.0, sample_batch=2), seed=0)
+                               config(temperature=1.5, sample_batch=2), seed=0)
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.lengths, parts.lengths)
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from data import records
+from data import records, toy
 
 GOOD = {"id": "a", "images": ["images/1.png"], "question": "How many?", "answer": "2"}
 
@@ -174,3 +174,21 @@ def test_frames_of_a_video_are_checked_like_pictures(tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps({**line, "video": ["../x.png"]}))
     with pytest.raises(ValueError, match="v.jsonl:1: .*outside"):
         records.load(tmp_path / "v.jsonl")
+
+
+def test_two_first_runs_may_draw_the_toy_world_at_once(tmp_path, monkeypatch):
+    """Both shared one temporary folder, and the second ended with "No such file": train/3.png."""
+    whole = toy.draw
+
+    def draw(scene, rng):                    # the other run finishes while this one draws
+        if not (tmp_path / "toy").exists():
+            monkeypatch.setattr(toy, "draw", whole)
+            toy.write(tmp_path / "toy", 3, 1, replace=False)
+            (tmp_path / "toy" / "read by the other run").touch()
+        return whole(scene, rng)
+
+    monkeypatch.setattr(toy, "draw", draw)
+    toy.write(tmp_path / "toy", 3, 1, replace=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["toy"]
+    assert len(list((tmp_path / "toy" / "images" / "train").iterdir())) == 3
+    assert (tmp_path / "toy" / "read by the other run").exists()
