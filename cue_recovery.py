@@ -15,6 +15,7 @@ weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy i
 Use it alone (imports torch, and safetensors to save):
     cue = attach(model, every=5)     # the model's logits are still exactly what they were
     ... train, model.generate(...), any sampling loop ...
+    with cue.prompt(length): model(...)     # sink="last" only: where the prompt of a training row ends
     cue.save("cue_recovery.safetensors"); cue.detach()
 
 Departures from the paper and its release
@@ -27,15 +28,19 @@ Departures from the paper and its release
 3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its DeepStack
    addition), and never behind the last layer, where no token could read the sink any more. The 8B
    model of the release has such a block: 67 M parameters without a useful gradient.
+4) sink="last" is one step beyond the paper. The first token stands before everything and cannot see the
+   question, so it asks every picture the same thing whatever is asked. The last token of the prompt has
+   read picture and question, and the answer's tokens read it. "first", the paper's, is the default.
 Prefill means: no cached positions yet. A training forward has no cache, so the module is on there. With
 gradient checkpointing and transformers before 5.23, run backward before the next forward: the layers
 are run again in backward and read the masks of the last forward.
-Left out: anything while decoding, an auxiliary loss, more than one sink.
+Left out: anything while decoding, an auxiliary loss, more than one sink at a time.
 """
 from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -117,10 +122,11 @@ class CueRecovery(nn.Module):
     attention         {l: (B, H, L)} of the last prefill; zero off the visual tokens
     """
 
-    def __init__(self, model, every: int, seed: int):
+    def __init__(self, model, every: int, seed: int, sink: str):
         super().__init__()
         config = model.config.text_config
-        self.every, self.image_ids = every, (model.config.image_token_id, model.config.video_token_id)
+        self.every, self.sink, self.prompt_length = every, sink, None
+        self.image_ids = (model.config.image_token_id, model.config.video_token_id)
         self.prefill = SimpleNamespace(on=False, keep_attention=False, attention={})
         self.blocks = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
@@ -174,8 +180,31 @@ class CueRecovery(nn.Module):
             # Pictures come first in a prompt, so this span is nearly all visual tokens.
             now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
             now.visual = visual[:, now.lo:now.hi]
-            # (B,), the first token that is not padding
-            now.sink = torch.zeros_like(ids[:, 0]) if mask is None else mask.long().argmax(dim=1)
+            mask = torch.ones_like(ids) if mask is None else mask.long()
+            # (B,), the first token that is not padding, or the last of the prompt
+            now.sink = mask.argmax(dim=1) if self.sink == "first" else self._prompt_end(
+                mask, cached=cache is not None or bool(kwargs.get("use_cache")))
+
+    def _prompt_end(self, mask, cached: bool) -> torch.Tensor:
+        """(B,) column of each row's last prompt token. mask (B, L)."""
+        if self.prompt_length is None and not cached:
+            raise ValueError("sink=\"last\": without a cache this forward may hold a response too; say "
+                             "where the prompt ends, `with model.cue_recovery.prompt(length): ...`")
+        end = self.prompt_length or mask.shape[1]
+        return end - 1 - mask[:, :end].flip(1).argmax(dim=1)
+
+    @contextmanager
+    def prompt(self, length: int):
+        """The first `length` columns of the forwards inside are the prompt, what follows the response.
+
+        sink="last" needs it where no cache tells; rows then are left-padded prompts with right-padded
+        responses behind, as rollout.append_response makes them. Nothing to "first".
+        """
+        self.prompt_length = length
+        try:
+            yield
+        finally:
+            self.prompt_length = None
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""
@@ -203,26 +232,30 @@ class CueRecovery(nn.Module):
     def settings(self) -> dict:
         block = next(iter(self.blocks.values()))
         return {"every": self.every, "layers": [int(name) for name in self.blocks],
-                "hidden": block.query.in_features, "heads": block.heads}
+                "hidden": block.query.in_features, "heads": block.heads, "sink": self.sink}
 
 
-def attach(model, every: int = 5, seed: int = 0) -> CueRecovery:
+def attach(model, every: int = 5, seed: int = 0, sink: str = "first") -> CueRecovery:
     """Hook the module into a Qwen3-VL model, in place, and return it. `seed` draws its weights.
 
-    every: one block each `every` layers (the paper: 5). Raises if the model has one already.
+    every: one block each `every` layers (the paper: 5). sink: the token that asks, "first" of the
+    sequence (the paper) or "last" of the prompt. Raises ValueError if the model has a module already.
     """
+    if sink not in ("first", "last"):
+        raise ValueError(f"sink {sink!r}, expected first or last")
     if getattr(model, "cue_recovery", None) is not None:
         raise ValueError("this model has a cue recovery module already; detach() it first")
     depth = len(model.model.language_model.layers)
     if every < 1 or depth < 2:
         raise ValueError(f"every={every} with {depth} decoder layers leaves no place for a block")
-    model.cue_recovery = CueRecovery(model, every, seed)
+    model.cue_recovery = CueRecovery(model, every, seed, sink)
     return model.cue_recovery
 
 
 def load(model, path) -> CueRecovery:
     """Attach a module saved by CueRecovery.save, with the settings it was saved with."""
-    cue = attach(model, every=read_settings(path)["every"])
+    settings = read_settings(path)
+    cue = attach(model, every=settings["every"], sink=settings["sink"])
     try:
         cue.load(path)
     except Exception:
@@ -237,4 +270,4 @@ def read_settings(path) -> dict:
         text = (file.metadata() or {}).get("cue_recovery")
     if text is None:
         raise ValueError(f"{path}: not a cue recovery file (its metadata has no settings)")
-    return json.loads(text)
+    return {"sink": "first", **json.loads(text)}     # files from before there was a choice

@@ -38,6 +38,7 @@ import math
 import random
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -94,6 +95,8 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's")
     cue_recovery: bool = option(True, "attach the sink-token module to the student")
     every: int = option(0, "a module block each so many layers; 0 is 5, or a third of a shallow model")
+    sink: str = option("first", "the token that asks the picture: first of the sequence (the paper), or "
+                       "last of the prompt, which has read the question", ("first", "last"))
     train: str = option("all", "which weights: all, language (no vision tower), cue (the module only)",
                         ("all", "language", "cue"))
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
@@ -216,7 +219,9 @@ def response_states(model, processor, prompts, rows, ids, mask) -> torch.Tensor:
     """
     batch = processor.batch([prompts[row] for row in rows], device=model.device)
     both = append_response(batch, ids, mask.sum(dim=1))
-    hidden = model.model(**both, use_cache=False).last_hidden_state                      # (B, L + T, D)
+    cue = getattr(model, "cue_recovery", None)
+    with cue.prompt(batch["input_ids"].shape[1]) if cue else nullcontext():
+        hidden = model.model(**both, use_cache=False).last_hidden_state                  # (B, L + T, D)
     # the state at column t predicts the token at t + 1, so the response is read one column early
     return hidden[:, -ids.shape[1] - 1:-1][mask]
 
@@ -347,7 +352,8 @@ def build_models(config: Config):
         teaching.freeze(teacher)
     if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
         depth = student.config.text_config.num_hidden_layers
-        cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed)
+        cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
+                            sink=config.sink)
     if config.gradient_checkpointing:
         # renamed in transformers 5.24, the old name warns
         getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()

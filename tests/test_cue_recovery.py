@@ -244,6 +244,57 @@ def test_only_the_first_real_token_changes(awake, ragged, side):
         assert where == [[row, first[row]] for row in (0, 2, 3)]       # row 1 has no picture
 
 
+@pytest.fixture
+def last(tiny):
+    """(model, processor, module) with an awake module whose sink is the prompt's last token."""
+    model, processor = tiny
+    return model, processor, awaken(attach(model, every=2, sink="last"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_sink_is_the_last_token_of_each_prompt(last, ragged, side):
+    """Only that column changes on its way into the second layer, whatever the side of the padding."""
+    model, processor, cue = last
+    batch = processor.batch(ragged, side=side)
+    with cue.prompt(batch["input_ids"].shape[1]):
+        after = states_entering(model, batch)[1]
+    cue.detach()
+    before = states_entering(model, batch)[1]
+    changed = (after != before).any(-1)                                       # (B, L)
+    for row, prompt in enumerate(ragged):
+        real = batch["attention_mask"][row].nonzero()[:, 0]
+        expected = [int(real[-1])] if prompt.grids else []
+        assert changed[row].nonzero()[:, 0].tolist() == expected
+
+
+def test_the_last_sink_is_the_prompts_end_and_not_the_sequences(last, ragged):
+    """Cached sampling and one whole forward over prompt and response must see the same student: the
+    sink on the response's last token would train a model that nobody ever samples from."""
+    model, processor, cue = last
+    batch = processor.batch(ragged)
+    length = batch["input_ids"].shape[1]
+    out = rollout.sample(model, batch, max_new_tokens=6, temperature=0, stop_ids=())
+    both = rollout.append_response(batch, out.ids, out.lengths)
+    with cue.prompt(length), torch.no_grad():
+        logits = model(**both, use_cache=False).logits[:, length - 1:-1]
+    found = logits.log_softmax(-1).gather(2, out.ids[..., None])[..., 0]
+    assert_close(found, out.logprobs)
+    with pytest.raises(ValueError, match="say where the prompt ends"):
+        model(**both, use_cache=False)
+    # and the class's own generate, whose prefill has no prompt() around it
+    theirs = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert theirs[:, length:].tolist() == out.ids.tolist()
+
+
+def test_the_sinks_place_is_saved(last, tiny, tmp_path):
+    model, processor, cue = last
+    cue.save(tmp_path / "cue.safetensors")
+    cue.detach()
+    assert load(model, tmp_path / "cue.safetensors").sink == "last"
+    with pytest.raises(ValueError, match="sink 'middle', expected first or last"):
+        attach(copy.deepcopy(model), sink="middle")
+
+
 def test_an_unpadded_batch_needs_no_mask(awake, ragged):
     """Without an attention mask the sink is column 0."""
     model, processor, _ = awake
@@ -475,7 +526,7 @@ def test_another_mask_is_refused(awake, batch):
 def test_save_and_load(awake, loaded, batch, tmp_path):
     model, _, cue = awake
     cue.save(tmp_path / "cue.safetensors")
-    settings = {"every": 2, "layers": [0, 2, 4], "hidden": 128, "heads": 4}
+    settings = {"every": 2, "layers": [0, 2, 4], "hidden": 128, "heads": 4, "sink": "first"}
     assert read_settings(tmp_path / "cue.safetensors") == settings == cue.settings()
     other = copy.deepcopy(loaded[0])
     load(other, tmp_path / "cue.safetensors")
