@@ -14,6 +14,8 @@ shows is the mechanism of the method, not evidence about 2B models.
 
 In:  nothing.  Out: data/tiny-qwen3-vl/, an ordinary Hugging Face folder (bf16, under 8 MB).
 Use: python data/make_tiny.py          see README.md for the time it takes
+     python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 400 --lr 5e-4 \
+         --out data/tiny-teacher       the bigger teacher of data/grid.sh: more layers, and it looks
 
 The layout is Qwen3-VL's: byte-level BPE with Qwen's control tokens (at this vocabulary's own ids),
 M-RoPE, DeepStack, tied embeddings. Patch 8 instead of 16: one visual token per 16 x 16 pixels.
@@ -129,8 +131,10 @@ def invent(question: toy.Question, scene: toy.Scene, rng: random.Random) -> list
     return sorted(set(seen), key=lambda t: (question.colours.index(t.colour), t))
 
 
-def alone(question, scene, rng) -> list[toy.Thing]:
-    """The evidence that the base states when nobody hints."""
+def alone(question, scene, rng, looks: bool) -> list[toy.Thing]:
+    """The evidence that the base states when nobody hints; all of it if it `looks`."""
+    if looks:
+        return question.relevant(scene.things)
     dice = rng.random()
     if dice < GLANCE:
         return glance(question, scene)
@@ -139,7 +143,7 @@ def alone(question, scene, rng) -> list[toy.Thing]:
     return question.relevant(scene.things)
 
 
-def example(rng: random.Random, describe: float = 0.35):
+def example(rng: random.Random, looks: bool = False, describe: float = 0.35):
     """One supervised example: (picture, question, hint or None, answer)."""
     scene = toy.make_scene(rng, "train")
     picture = toy.draw(scene, rng)
@@ -154,7 +158,7 @@ def example(rng: random.Random, describe: float = 0.35):
     if kind == "cue":
         return picture, question.text, record["cue"], question.solution(
             question.relevant(scene.things))
-    evidence = alone(question, scene, rng)
+    evidence = alone(question, scene, rng, looks)
     if kind == "alone":
         return picture, question.text, None, question.solution(evidence)
     ending = f"The answer is \\boxed{{{record['answer']}}}."
@@ -182,6 +186,24 @@ def any_question(scene: toy.Scene, rng: random.Random):
 
 
 # ---------------------------------------------------------------------------- supervised training
+
+@torch.no_grad()
+def grow(model, folder) -> None:
+    """Start `model` from a shallower checkpoint: the layers that it lacks begin as the identity."""
+    small = load(folder)[0].state_dict()
+    different = [k for k, v in model.state_dict().items() if k in small and v.shape != small[k].shape]
+    if different:
+        raise ValueError(f"{folder} cannot grow into this shape: {different[0]} differs; change only "
+                         "--layers")
+    model.load_state_dict(small, strict=False)
+    for layer in model.model.language_model.layers[model_depth(small):]:
+        layer.self_attn.o_proj.weight.zero_()            # both residual branches add nothing yet
+        layer.mlp.down_proj.weight.zero_()
+
+
+def model_depth(weights) -> int:
+    return 1 + max(int(k.split(".")[3]) for k in weights if k.startswith("model.language_model.layers."))
+
 
 def supervised_loss(model, processor, examples) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, the stop token included."""
@@ -234,6 +256,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grow", default="", help="start from this shallower checkpoint, not from nothing")
+    parser.add_argument("--looks", action="store_true",
+                        help="answers alone are taught right, without glancing and inventing")
     args = parser.parse_args()
     folder = Path(args.out)
     write_folder(folder, args.layers, args.hidden)
@@ -241,6 +266,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     config = Qwen3VLConfig.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="eager")
+    if args.grow:
+        grow(model, args.grow)
     processor = Processor(folder)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
           f"{config.text_config.vocab_size} tokens, {args.steps} steps")
@@ -249,7 +276,8 @@ def main() -> None:
         (s + 1) / 100, max(0.02, 1 - s / args.steps) ** 0.7))
     start, total = time.time(), 0.0
     for step in range(1, args.steps + 1):
-        loss = supervised_loss(model, processor, [example(rng) for _ in range(args.batch_size)])
+        loss = supervised_loss(model, processor, [example(rng, args.looks)
+                                                  for _ in range(args.batch_size)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
