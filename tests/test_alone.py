@@ -32,7 +32,7 @@ def test_rollout_needs_torch_only():
     assert imported <= {"__future__", "inspect", "dataclasses", "torch"}
 
 
-PARTS = {"distill.py": [], "evaluate.py": [], "teacher.py": ["write-cues", "audit"],
+PARTS = {"distill.py": [], "probe.py": [], "evaluate.py": [], "teacher.py": ["write-cues", "audit"],
          "data/toy.py": [], "data/make_tiny.py": [],
          "data/prepare.py": ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]}
 

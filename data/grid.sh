@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The component table of the README: every arm is an ordinary distill.py command, three seeds each.
+#
+#     bash data/grid.sh                 all of it; what is done is skipped, what was killed goes on
+#     SEEDS="0" bash data/grid.sh       one seed
+#     JOBS=4 bash data/grid.sh          runs side by side, one thread each (default: one a core)
+#     FLAGS="--steps 20" bash data/grid.sh        for every arm alike
+#
+# Afterwards: python evaluate.py compare runs/grid/*
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 FLAGS="${FLAGS:-}"
+
+# The bigger teacher: the tiny model with four more layers, taught to look. Not shipped, so made first.
+teacher=data/tiny-teacher
+if [ ! -e $teacher/whole ]; then
+    python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 400 --lr 5e-4 \
+        --out $teacher && touch $teacher/whole || exit 1
+fi
+
+arms="
+answer-off       --privilege answer --no-cue-recovery
+answer-on        --privilege answer
+rationale-off    --privilege rationale --no-cue-recovery
+rationale-on     --privilege rationale
+cue-off          --privilege cue --no-cue-recovery
+cue-first        --privilege cue
+cue-last         --privilege cue --sink last
+module-first     --privilege cue --train cue
+module-last      --privilege cue --train cue --sink last
+bigger-none      --privilege none --teacher $teacher --no-cue-recovery
+bigger-cue       --privilege cue --teacher $teacher
+"
+
+one() {                                # one arm with one seed: NAME SEED FLAGS...
+    local name="grid/$1-$2" seed="$2"
+    local folder="runs/$name" log="runs/$name.log"
+    shift 2
+    [ -e "$folder/result.json" ] && exit 0
+    mkdir -p runs/grid
+    if [ -e "$folder/state/state.safetensors" ]; then
+        set -- --resume "$folder"
+    else
+        rm -rf "$folder"               # killed before its first saved state: nothing to keep
+        set -- "$@" --seed "$seed" --name "$name" --eval-every 0 $FLAGS
+    fi
+    echo "$(date +%H:%M) python distill.py $*"
+    python distill.py "$@" > "$log" 2>&1 || { echo "FAILED: $name, see $log"; exit 1; }
+}
+export -f one
+
+for seed in ${SEEDS:-0 1 2}; do        # seed by seed, so that a cut grid has every arm
+    while read -r name flags; do
+        [ -n "$name" ] && echo "$name $seed $flags"
+    done <<< "$arms"
+done | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'one {}'

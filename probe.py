@@ -1,0 +1,155 @@
+"""probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
+
+The idea.  The module is there so that the sink token's state holds what the cue says. That can be asked
+directly, without a single sampled token: read the prompts (no hint), take the sink's state at every
+layer, and see how well a linear map predicts which facts the record's cue states. A fact is a word, or
+two words that stand side by side ("red circle", "row 2"), found in some cues and not in others.
+
+In:  a checkpoint, training and test records with cues.  Out: a table, layers as rows: mean balanced
+accuracy over the facts, on the test records. 50 % is chance, whatever the facts' frequencies.
+
+The one equation (ridge regression, closed form, one column of Y in {-1, +1} a fact, X standardised):
+    W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
+
+Run
+    python probe.py --model runs/NAME/checkpoint          the sink that the run was trained with
+    python probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
+
+What to expect.  Without the module the first token stands before everything: its state is the same
+number for every prompt, and the probe is at 50 %. The last token of the prompt has read it all anyway;
+there the question is what the module adds.
+Left out: probes that are not linear. They could find what the model itself cannot read.
+"""
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import records as record_files, toy
+from model import load, quiet
+
+# Dimension letters: N records, D hidden, F facts.
+
+
+@torch.no_grad()
+def sink_states(model, processor, records: list[dict], sink: str, batch_size: int = 64) -> list:
+    """Per decoder layer, and at the end behind the last: (N, D) float32 state of the sink that it reads.
+
+    With the module attached, what a layer reads includes the module's update.
+    """
+    layers = [*model.model.language_model.layers, model.model.language_model.norm]
+    states = [[] for _ in layers]
+    column = None
+
+    def keep(place):
+        return lambda module, args: states[place].append(
+            args[0][torch.arange(len(column)), column].float().cpu())
+
+    hooks = [layer.register_forward_pre_hook(keep(place)) for place, layer in enumerate(layers)]
+    try:
+        for start in tqdm(range(0, len(records), batch_size), "reading prompts", leave=False):
+            batch = processor.batch([processor.prompt(r) for r in records[start:start + batch_size]],
+                                    device=model.device)
+            mask = batch["attention_mask"].long()            # left-padded: the last column is real
+            column = mask.argmax(dim=1) if sink == "first" else torch.full_like(
+                mask[:, 0], mask.shape[1] - 1)
+            model.model(**batch, use_cache=True)             # a prefill, so that the module is on
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(parts) for parts in states]
+
+
+def facts_of(cue: str) -> set[str]:
+    """Its words, and each two that stand side by side.
+
+    >>> sorted(facts_of("A red circle."))
+    ['a', 'a red', 'circle', 'red', 'red circle']
+    """
+    words = re.findall(r"\w+", cue.lower())
+    return set(words) | {f"{a} {b}" for a, b in zip(words, words[1:])}
+
+
+def choose_facts(records: list[dict], rare: float = 0.05) -> list[str]:
+    """The facts that between 5 and 95 % of the cues state; of those that always agree, the shortest."""
+    cues = [facts_of(record["cue"]) for record in records]
+    counts = Counter(fact for cue in cues for fact in cue)
+    chosen = {}
+    for fact in sorted(counts, key=lambda fact: (len(fact), fact)):
+        if rare <= counts[fact] / len(cues) <= 1 - rare:
+            chosen.setdefault(tuple(fact in cue for cue in cues), fact)
+    return sorted(chosen.values())
+
+
+def stated(records: list[dict], facts: list[str]) -> torch.Tensor:
+    """(N, F) float32, +1 where the record's cue states the fact, else -1."""
+    return torch.tensor([[1.0 if f in found else -1.0 for f in facts]
+                         for found in (facts_of(r["cue"]) for r in records)])
+
+
+def probe(train_x, train_y, test_x, test_y, strength: float = 1e-2) -> torch.Tensor:
+    """(F,) balanced accuracy on the test rows: the mean of the shares right among stated and not."""
+    mean, spread = train_x.double().mean(0), train_x.double().std(0)
+    # a constant number says nothing; rounding noise must not be blown up into a feature
+    scale = torch.where(spread > 1e-6 * mean.abs().clamp(min=1), 1 / spread, 0)
+    x, test = ((part.double() - mean) * scale for part in (train_x, test_x))
+    y, n = train_y.double(), len(x)
+    # both classes weigh the same, as in the score: each row by one over the size of its class
+    out = []
+    for column, gold in zip(y.T, test_y.T):
+        weight = torch.where(column > 0, 0.5 / (column > 0).sum(), 0.5 / (column < 0).sum()) * n
+        a, b = torch.cat([x, torch.ones(n, 1)], 1), weight[:, None]
+        gram = a.T @ (a * b) + strength * n * torch.eye(a.shape[1])
+        w = torch.linalg.solve(gram, a.T @ (column * weight))
+        guess = torch.cat([test, torch.ones(len(test), 1)], 1) @ w > 0
+        out.append((guess[gold > 0].double().mean() + (~guess[gold < 0]).double().mean()) / 2)
+    return torch.stack(out).float()
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--data", default="", help="training records with cues (default: the toy world); "
+                        "test.jsonl beside them is what is scored")
+    parser.add_argument("--limit", type=int, default=0, help="first so many of each, 0 for all")
+    parser.add_argument("--sink", default="", choices=["", "first", "last"],
+                        help="whose state is read (default: the module's sink, else first)")
+    parser.add_argument("--device", default="")
+    args = parser.parse_args(argv)
+    quiet()
+    try:
+        path = Path(args.data) if args.data else toy.default() / "train.jsonl"
+        train, test = (record_files.load(p, ("cue",))[:args.limit or None]
+                       for p in (path, path.with_name("test.jsonl")))
+        model, processor = load(args.model, None, args.device or None)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"probe.py: {error}")
+    cue = getattr(model, "cue_recovery", None)
+    sink = args.sink or (cue.sink if cue else "first")
+    facts = choose_facts(train)
+    # a fact that no test cue states, or every one, has no balanced accuracy
+    facts = [f for f in facts if 0 < sum(f in facts_of(r["cue"]) for r in test) < len(test)]
+    if not facts:
+        raise SystemExit("probe.py: no word stands in 5 to 95 % of the cues: too few records?")
+    blocks = [int(name) + 1 for name in cue.blocks] if cue else []
+    train_y, test_y = stated(train, facts), stated(test, facts)
+    print(f"{args.model}, the {sink} token: {len(facts)} facts, {len(train)} records to fit, "
+          f"{len(test)} to score\n| state read by | balanced accuracy % | best fact | worst fact |\n"
+          "|---|---|---|---|")
+    both = zip(sink_states(model, processor, train, sink), sink_states(model, processor, test, sink))
+    for place, (x, test_x) in enumerate(both):
+        score = 100 * probe(x, train_y, test_x, test_y)
+        best, worst = int(score.argmax()), int(score.argmin())
+        name = f"layer {place}" if place < len(model.model.language_model.layers) else "the head"
+        print(f"| {name}{' (behind a block)' if place in blocks else ''} | {score.mean():.1f} | "
+              f"{facts[best]} {score[best]:.0f} | {facts[worst]} {score[worst]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
