@@ -15,7 +15,7 @@ weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy i
 Use it alone (imports torch, and safetensors to save):
     cue = attach(model, every=5)     # the model's logits are still exactly what they were
     ... train, model.generate(...), any sampling loop ...
-    with cue.prompt(length): model(...)     # sink="last" only: where the prompt of a training row ends
+    with cue.prompt(end): model(...)     # sink="last" only: where the prompt of a training row ends
     cue.save("cue_recovery.safetensors"); cue.detach()
 
 Departures from the paper and its release
@@ -125,7 +125,7 @@ class CueRecovery(nn.Module):
     def __init__(self, model, every: int, seed: int, sink: str):
         super().__init__()
         config = model.config.text_config
-        self.every, self.sink, self.prompt_length = every, sink, None
+        self.every, self.sink, self.end = every, sink, None
         self.image_ids = (model.config.image_token_id, model.config.video_token_id)
         self.prefill = SimpleNamespace(on=False, keep_attention=False, attention={})
         self.blocks = nn.ModuleDict()
@@ -187,24 +187,25 @@ class CueRecovery(nn.Module):
 
     def _prompt_end(self, mask, cached: bool) -> torch.Tensor:
         """(B,) column of each row's last prompt token. mask (B, L)."""
-        if self.prompt_length is None and not cached:
+        if self.end is not None:
+            return torch.as_tensor(self.end, device=mask.device).expand(len(mask)) - 1
+        if not cached:
             raise ValueError("sink=\"last\": without a cache this forward may hold a response too; say "
-                             "where the prompt ends, `with model.cue_recovery.prompt(length): ...`")
-        end = self.prompt_length or mask.shape[1]
-        return end - 1 - mask[:, :end].flip(1).argmax(dim=1)
+                             "where the prompt ends, `with model.cue_recovery.prompt(end): ...`")
+        return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
     @contextmanager
-    def prompt(self, length: int):
-        """The first `length` columns of the forwards inside are the prompt, what follows the response.
+    def prompt(self, end):
+        """In the forwards inside, prompts end before column `end`, and responses may follow.
 
-        sink="last" needs it where no cache tells; rows then are left-padded prompts with right-padded
-        responses behind, as rollout.append_response makes them. Nothing to "first".
+        end: one column for all rows, or (B,) for each its own. sink="last" needs it where no cache
+        tells that only the prompt is there; to "first" it is nothing.
         """
-        self.prompt_length = length
+        self.end = end
         try:
             yield
         finally:
-            self.prompt_length = None
+            self.end = None
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""
