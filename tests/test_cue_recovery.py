@@ -244,13 +244,6 @@ def test_only_the_first_real_token_changes(awake, ragged, side):
         assert where == [[row, first[row]] for row in (0, 2, 3)]       # row 1 has no picture
 
 
-def logits_in(cue, batch, model):
-    """Of a forward without cache, told where each row's prompt ends."""
-    columns = torch.arange(batch["input_ids"].shape[1])
-    with cue.prompt((batch["attention_mask"] * (columns + 1)).amax(1)):
-        return logits_of(model, batch)
-
-
 @pytest.fixture
 def last(tiny):
     """(model, processor, module) with an awake module whose sink is the prompt's last token."""
@@ -265,9 +258,9 @@ def test_the_last_sink_is_the_last_token_of_each_prompt(last, ragged, side):
     batch = processor.batch(ragged, side=side)
     columns = torch.arange(batch["input_ids"].shape[1])
     with cue.prompt((batch["attention_mask"] * (columns + 1)).amax(1)):
-        after = states_entering(model, batch)[1]
-    with torch.no_grad():       # a prefill by itself finds the same
-        assert torch.equal(model(**batch, use_cache=True).logits, logits_in(cue, batch, model))
+        after, logits = states_entering(model, batch)[1], logits_of(model, batch)
+    with torch.no_grad():       # a prefill finds the same column by itself
+        assert torch.equal(model(**batch, use_cache=True).logits, logits)
     cue.detach()
     before = states_entering(model, batch)[1]
     changed = (after != before).any(-1)                                       # (B, L)
