@@ -2,7 +2,8 @@
 
 The idea.  On-policy distillation trains on what the student itself says. `sample` reads a batch of
 left-padded prompts once (prefill), keeps the key/value cache, and then draws one token a row until
-the row emits a stop id or the limit is reached. Rows that have stopped leave the batch.
+the row emits a stop id or the limit is reached. Rows that have stopped leave the batch. Several
+samples of one prompt share its prefill.
 
     prompts (B, L), left-padded          responses (B, T), right-padded
       . . a b c d   ->                     x y z <stop>
@@ -26,6 +27,13 @@ Choices a reader may wonder about:
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
 3) Penalties look at generated tokens only, never at the prompt (vLLM's meaning of presence penalty;
    transformers' repetition penalty would include the prompt).
+4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
+   transformers' copies all it holds to append one; and a row that stops gives its place to the last
+   running row, so that one row is copied instead of all. Measured in tests/benchmarks/README.md.
+5) Decoding runs in inference mode, which saves bookkeeping at every operation; the prefill does not,
+   so that what a hook or a sharded model keeps from it are ordinary tensors. The results are, too.
+6) Every step calls the whole model, not its decoder or its layers: hooks, adapters and sharding see
+   each step. A decoder step written out by hand is faster at small sizes, and would skip them all.
 Left out: beam search, speculative decoding, contrastive anything.
 """
 from __future__ import annotations
@@ -35,14 +43,16 @@ from dataclasses import dataclass
 
 import torch
 
-# Dimension letters: B rows, R rows still running, L prompt tokens, T response tokens, V vocabulary.
+# Dimension letters: B prompts, K samples of each, R rows still running (of B K), L prompt tokens,
+# T response tokens, V vocabulary.
 
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @dataclass
 class Rollout:
-    """Sampled responses of B rows, on the model's device.
+    """Sampled responses of B rows, on the model's device. With K samples a prompt, B K rows, those of
+    a prompt together.
 
     ids       (B, T) int64, right-padded with the pad id; T is the longest response
     lengths   (B,) int64, scored tokens a row, the stop token included
@@ -64,83 +74,99 @@ class Rollout:
 @torch.no_grad()
 def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
-           stop_ids, banned_ids=(), pad_id: int = 0, generator=None, uniforms=None) -> Rollout:
-    """Sample a response to every prompt of `batch`; see the header for what and why.
+           stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, generator=None,
+           uniforms=None) -> Rollout:
+    """Sample responses to every prompt of `batch`; see the header for what and why.
 
     temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted once
     from every id already generated; repetition_penalty divides positive and multiplies negative logits
-    of them. uniforms (B, max_new_tokens) in [0, 1): the numbers to draw with, in place of the generator's;
-    a caller that cuts one batch into parts hands each part its rows, and the cut changes no token.
-    The model is put in eval mode and left as it was found.
+    of them. samples_per_prompt K: row b K + k of the result is sample k of prompt b, and the prompt is
+    read once for all K. uniforms (B K, max_new_tokens) in [0, 1): the numbers to draw with, in place
+    of the generator's; a caller that cuts one batch into parts hands each part its rows, and the cut
+    changes no token. The model is put in eval mode and left as it was found.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and top_k >= 0
-            and repetition_penalty > 0):
-        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}, "
-                         f"repetition_penalty {repetition_penalty}: out of range")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    if not bool(mask[:, -1].all()):
-        raise ValueError("prompts must be left-padded: the last column has padding in it")
-    device, B = ids.device, ids.shape[0]
+    ids, mask, K = batch["input_ids"], batch["attention_mask"], samples_per_prompt
+    _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K)
+    device, rows, L = ids.device, K * ids.shape[0], ids.shape[1]
     positions = rope_positions(model, batch)                                        # (3, B, L)
-    next_position = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1  # (B,)
+    position = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1      # (B,), the next
     cache_name = "cache" if "cache" in inspect.signature(
         type(model).forward).parameters else "past_key_values"    # renamed in transformers 5.24
     stop = torch.tensor(sorted(stop_ids), device=device)
     banned = torch.tensor(list(banned_ids), device=device, dtype=torch.long)
-
-    out_ids = torch.full((B, max_new_tokens), pad_id, device=device)
-    out_logprobs = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=device)
-    running = torch.arange(B, device=device)                     # rows of the batch still in play
+    uniforms = None if uniforms is None else uniforms.to(device)
     penalised = presence_penalty != 0 or repetition_penalty != 1
+
+    out_ids = torch.full((rows, max_new_tokens), pad_id, device=device)
+    out_logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    lengths = torch.full((rows,), max_new_tokens, device=device)  # until a row stops by itself
+    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+    running = torch.arange(rows, device=device)                  # rows of the result still in play
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     model.eval()
     try:
-        # 1) prefill: read every prompt once
+        # 1) prefill: read every prompt once, and make K rows of it
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                        logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
-        for t in range(max_new_tokens):
-            # 2) the distribution of the next token
-            # a copy: penalties and bans are written in place, and these are the model's own
-            logits = output.logits[:, -1].to(torch.float32, copy=True)              # (R, V)
-            if penalised:
-                _penalise(logits, out_ids[running, :t], presence_penalty, repetition_penalty)
-            if len(banned):
-                logits[:, banned] = float("-inf")
-            # 3) draw, on every row of the batch so that finished neighbours change nothing
-            uniform = None
-            if temperature > 0:
-                uniform = uniforms[:, t] if uniforms is not None else torch.rand(
-                    B, generator=generator, dtype=torch.float64)
-                uniform = uniform.to(device)[running]
-            tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
-            out_ids[running, t], out_logprobs[running, t] = tokens, logprobs
-            lengths[running] += 1
-            # 4) rows that stopped leave the batch
-            done = torch.isin(tokens, stop)
-            stopped[running[done]] = True
-            cache = getattr(output, cache_name)
-            if bool(done.any()):
-                keep = (~done).nonzero()[:, 0]
-                running, tokens, mask = running[keep], tokens[keep], mask[keep]
-                if len(running):
-                    cache.batch_select_indices(keep)
-            if len(running) == 0 or t + 1 == max_new_tokens:
-                break
-            # 5) one forward step on the cache
-            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-            position = (next_position[running] + t)[None, :, None].expand(3, -1, -1)  # (3, R, 1)
-            output = model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position,
-                           use_cache=True, **{cache_name: cache})
+        cache = _with_room(getattr(output, cache_name), K)
+        position, mask, last = (x.repeat_interleave(K, dim=0)
+                                for x in (position, mask, output.logits[:, -1]))
+        mask = _decode_mask(model, mask, max_new_tokens)
+        with torch.inference_mode():
+            for t in range(max_new_tokens):
+                # 2) the distribution of the next token
+                # a copy: penalties and bans are written in place, and these are the model's own
+                logits = last.to(torch.float32, copy=True)                          # (R, V)
+                if penalised:
+                    _penalise(logits, out_ids[running, :t], presence_penalty, repetition_penalty)
+                if len(banned):
+                    logits[:, banned] = float("-inf")
+                # 3) draw, on every row of the batch so that finished neighbours change nothing
+                uniform = None
+                if temperature > 0:
+                    uniform = uniforms[:, t] if uniforms is not None else torch.rand(
+                        rows, generator=generator, dtype=torch.float64).to(device)
+                    uniform = uniform[running]
+                tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
+                out_ids[running, t], out_logprobs[running, t] = tokens, logprobs
+                # 4) rows that stopped leave the batch
+                done = (tokens[:, None] == stop).any(dim=1)
+                if bool(done.any()):
+                    stopped[running[done]] = True
+                    lengths[running[done]] = t + 1
+                    keep = _close_gaps(done)
+                    running, tokens, position = running[keep], tokens[keep], position[keep]
+                    mask = None if mask is None else mask[keep]
+                    if len(running):
+                        cache.batch_select_indices(keep)
+                if len(running) == 0 or t + 1 == max_new_tokens:
+                    break
+                # 5) one forward step on the cache
+                step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
+                        "attention_mask": None if mask is None else mask[..., :L + t + 1],
+                        "position_ids": (position + t)[None, :, None].expand(3, -1, -1)}  # (3, R, 1)
+                last = model(**step).logits[:, -1]
     finally:
         for module, training in modes:
             module.training = training
     T = int(lengths.max())
     return Rollout(out_ids[:, :T], lengths, stopped, out_logprobs[:, :T])
 
+
+def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if K < 1:
+        raise ValueError(f"samples_per_prompt is {K}, expected at least 1")
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and top_k >= 0
+            and repetition_penalty > 0):
+        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}, "
+                         f"repetition_penalty {repetition_penalty}: out of range")
+    if not bool(mask[:, -1].all()):
+        raise ValueError("prompts must be left-padded: the last column has padding in it")
+
+
+# ---------------------------------------------------------------------------- the next token
 
 def _penalise(logits, generated, presence, repetition) -> None:
     """In place. logits (R, V), generated (R, t): ids this row has produced so far."""
@@ -152,28 +178,142 @@ def _penalise(logits, generated, presence, repetition) -> None:
 
 
 def _draw(logits, uniform, temperature, top_p, top_k):
-    """Tokens (R,) and their log-probs (R,). logits (R, V); uniform (R,) in [0, 1), None for greedy."""
+    """Tokens (R,) and their log-probs (R,). logits (R, V), ours to write into; uniform (R,) in [0, 1),
+    None for greedy."""
     if temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    logits = logits / temperature
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    logits /= temperature
     order = None
-    if top_k or top_p < 1:
+    if top_k:          # a whole sort of 151,936 words takes a hundred times as long
+        logits, order = logits.topk(min(top_k, logits.shape[1]))                    # (R, top_k)
+    elif top_p < 1:
         logits, order = logits.sort(dim=-1, descending=True)
-        if top_k:
-            logits[:, top_k:] = float("-inf")
-        if top_p < 1:
-            # keep a token if the mass before it is below top_p: the most likely one always stays
-            probs = logits.softmax(-1)
-            logits[probs.cumsum(-1) - probs >= top_p] = float("-inf")
-    logprobs = logits.log_softmax(-1)
-    # float64: summed over 151,936 words, float32 would be off by more than a rare token's whole mass
-    cdf = logprobs.double().exp().cumsum(-1)                                        # (R, V)
-    index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)    # (R, 1)
-    logprobs = logprobs.gather(1, index)[:, 0]
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        # keep a token if the mass before it is below top_p: the most likely one always stays
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        probs /= probs.sum(-1, keepdim=True)
+    index = _invert_cdf(probs, uniform)                                             # (R, 1)
     tokens = index if order is None else order.gather(1, index)
-    return tokens[:, 0], logprobs
+    return tokens[:, 0], probs.gather(1, index)[:, 0].log()
 
+
+def _invert_cdf(probs, uniform, block: int = 128):
+    """(R, 1): the first index whose cumulative probability is above `uniform`. probs (R, V) float32.
+
+    Summed in float64: over 151,936 words, float32 would be off by more than a rare token's whole mass.
+    But as one finds a word in a dictionary, first the page and then the word: sums of 128 are exact
+    enough in float32, and only the pages' sums and one page's words are added up in float64.
+    """
+    pages = torch.nn.functional.pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
+    cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
+    target = (uniform * cdf[:, -1])[:, None]                                        # (R, 1)
+    # below the sum by a hair, where rounding has made them equal: past the end there is no token
+    page = torch.searchsorted(cdf, torch.minimum(target, _just_below(cdf[:, -1:])), right=True)
+    before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, page)
+    words = pages[torch.arange(len(pages), device=page.device), page[:, 0]]         # (R, 128)
+    cdf = before + words.cumsum(-1, dtype=torch.float64)
+    # the same here, where the two ways of adding a page may differ in the last digit
+    word = torch.searchsorted(cdf, torch.minimum(target, _just_below(cdf[:, -1:])), right=True)
+    return page * block + word
+
+
+def _just_below(x):
+    return torch.nextafter(x, torch.zeros_like(x))
+
+
+# ---------------------------------------------------------------------------- the cache
+
+class KVCache:
+    """Keys and values of the running rows, with room for what comes: what the model calls a cache.
+
+    A buffer a layer, (2, rows, heads, capacity, d), first the keys and then the values. It grows by
+    ROOM tokens at a time, and then takes along only the rows that are still running. Made of the
+    layers of the DynamicCache that the prefill returned, each row of it K times; these are emptied.
+    The model asks a cache for nothing but update() and the three sizes.
+    """
+    ROOM = 128
+
+    def __init__(self, layers, K: int):
+        self.buffers, self.lengths = [], []
+        for layer in layers:
+            both = torch.stack([layer.keys, layer.values]).repeat_interleave(K, dim=1)
+            self.lengths.append(both.shape[3])
+            self.buffers.append(self._grown(both))
+            layer.keys = layer.values = None        # or the prompt would be held twice
+
+    def _grown(self, buffer):
+        return torch.nn.functional.pad(buffer, (0, 0, 0, self.ROOM))
+
+    def update(self, keys, values, layer: int, *args, **kwargs):
+        """Append one token a row, keys and values (R, heads, 1, d); returns all (R, heads, n + 1, d)."""
+        n, R, buffer = self.lengths[layer], keys.shape[0], self.buffers[layer]
+        if n == buffer.shape[3]:
+            buffer = self.buffers[layer] = self._grown(buffer[:, :R])
+        buffer[0, :R, :, n:n + 1], buffer[1, :R, :, n:n + 1] = keys, values
+        self.lengths[layer] = n + 1
+        return buffer[0, :R, :, :n + 1], buffer[1, :R, :, :n + 1]
+
+    def batch_select_indices(self, keep) -> None:
+        """Row i is now what row keep[i] was. Only rows that change their place are copied."""
+        moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero()[:, 0]
+        for buffer, n in zip(self.buffers, self.lengths):
+            buffer[:, moved, :, :n] = buffer[:, keep[moved], :, :n]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.lengths[layer]
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
+        return self.lengths[layer] + query_length, 0
+
+
+def _with_room(cache, K: int):
+    """The prefill's cache as a KVCache of K rows a prompt. One of another kind is used as it is."""
+    layers = getattr(cache, "layers", [])
+    if layers and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
+        return KVCache(layers, K)
+    if K > 1:
+        cache.batch_repeat_interleave(K)
+    return cache
+
+
+def _close_gaps(done):
+    """Which row each place takes when the rows that are done (R,) leave: the last ones fill the gaps.
+
+    >>> _close_gaps(torch.tensor([False, True, False, False, True, False])).tolist()
+    [0, 5, 2, 3]
+    """
+    left = (~done).nonzero()[:, 0]
+    keep = torch.arange(len(left), device=done.device)
+    keep[done[:len(left)]] = left[left >= len(left)]
+    return keep
+
+
+def _decode_mask(model, mask, room: int):
+    """The mask of all decoding steps, made once: step t looks at the first L + t + 1 columns of it.
+
+    mask (R, L), 1 at tokens. Already in the form that the attention adds up or selects by, (R, 1, 1,
+    L + room), it goes through the model untouched, where a plain one is prepared anew every step.
+    None when nothing is padded: then attention has its fastest kernels.
+    """
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    mask = torch.nn.functional.pad(mask, (0, room), value=1)
+    if attention not in ("sdpa", "eager"):
+        return mask                                 # flash attention wants the plain one
+    if bool(mask.all()):
+        return None
+    seen = mask.bool()[:, None, None]
+    if attention == "sdpa":
+        return seen
+    return torch.zeros(seen.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~seen, torch.finfo(model.dtype).min)
+
+
+# ---------------------------------------------------------------------------- positions
 
 def rope_positions(model, batch) -> torch.Tensor:
     """(3, B, L) M-RoPE positions: the batch's own, or the model's rule for a batch without them."""
