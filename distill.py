@@ -79,7 +79,8 @@ class Config:
     eval_data: str = option("", "test records (default: test.jsonl beside the training records)")
     eval_limit: int = option(512, "use the first so many test records, 0 for all")
     steps: int = option(275, "updates; 275 is the paper's main run")
-    batch_size: int = option(128, "prompts an update, one response each")
+    batch_size: int = option(128, "prompts an update")
+    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all of them")
     sample_batch: int = option(32, "rows sampled at a time: bounds the key/value cache")
     micro_batch_tokens: int = option(16384, "tokens, padding included, scored at a time")
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut")
@@ -144,7 +145,8 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
         typed = {**typed, **TOY, **changed}
     config = Config(**typed)
     config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
-    for name in ("steps", "batch_size", "sample_batch", "max_new_tokens", "save_every"):
+    for name in ("steps", "batch_size", "samples_per_prompt", "sample_batch", "max_new_tokens",
+                 "save_every"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return config, None
@@ -154,7 +156,7 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
 
 def training_step(student, teacher, processor, records: list[dict], config: Config, step: int,
                   optimizer: Optimizer) -> tuple[dict, list[str]]:
-    """The algorithm. Returns the step's metrics and the student's answers as text."""
+    """The algorithm. Returns the step's metrics and an answer to each record as text."""
     # 1) prompts: what the student sees, and the same with the privilege in it
     prompts = [processor.prompt(r) for r in records]
     hinted = [processor.prompt(r, teaching.hint(r, config.privilege), seen=prompt)
@@ -163,6 +165,9 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     clock = Clock()
     rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
     clock.lap("sample", int(rollout.lengths.sum()))
+    # from here on a prompt stands once for each of its responses
+    K = config.samples_per_prompt
+    prompts, hinted = ([p for p in views for _ in range(K)] for views in (prompts, hinted))
     # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
     total = Totals()
     student.train()
@@ -172,8 +177,9 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
         with torch.no_grad():
             said_by_teacher = response_states(teacher, processor, hinted, rows, ids, mask)
         said_by_student = response_states(student, processor, prompts, rows, ids, mask)
-        # per-sequence mean, then mean over all prompts of the step, however it is cut (eq. 7)
-        weights = (1 / (len(records) * lengths)).repeat_interleave(lengths)              # (N,)
+        # per-sequence mean, then mean over the responses of a prompt and over the prompts: over all
+        # responses of the step alike, since each prompt has K; however it is cut (eq. 7)
+        weights = (1 / (len(prompts) * lengths)).repeat_interleave(lengths)              # (N,)
         stats = {}
         nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
                             teacher.lm_head.weight, config.loss, weights=weights,
@@ -189,21 +195,22 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     return {"step": step + 1, **total.metrics(), **describe(rollout, answers),
             # null, since JSON has no NaN
             "gradient_norm": norm if math.isfinite(norm) else None,
-            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers
+            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers[::K]
 
 
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
-    """Sample one response to every prompt, `sample_batch` rows at a time; a Rollout for all."""
+    """Sample K responses to every prompt, about `sample_batch` rows at a time; a Rollout for all."""
     # drawn for the whole step at once, so that a token does not depend on how the step is cut
-    uniforms = torch.rand(len(prompts), config.max_new_tokens, dtype=torch.float64,
+    K = config.samples_per_prompt
+    uniforms = torch.rand(len(prompts) * K, config.max_new_tokens, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(seed))
-    parts = []
-    for start in range(0, len(prompts), config.sample_batch):
-        rows = slice(start, start + config.sample_batch)
-        batch = processor.batch(prompts[rows], device=student.device)
+    parts, size = [], max(1, config.sample_batch // K)        # the rows of a prompt stay together
+    for start in range(0, len(prompts), size):
+        batch = processor.batch(prompts[start:start + size], device=student.device)
         parts.append(sample(student, batch, max_new_tokens=config.max_new_tokens,
                             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                            uniforms=uniforms[rows], **processor.sampling))
+                            samples_per_prompt=K, uniforms=uniforms[start * K:(start + size) * K],
+                            **processor.sampling))
     T = max(part.ids.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return Rollout(torch.cat([pad(p.ids, (0, T - p.ids.shape[1]), value=processor.pad_id)
@@ -478,7 +485,7 @@ def finish(student, processor, test, config, folder, before, started) -> None:
               for key, value in summary.items() if key != "n"}
     result |= {"n": after["n"], "seconds": round(time.time() - started, 1),
                "hint_rows": sum(m["hint_rows"] for m in metrics),
-               "rollouts": config.batch_size * len(metrics)}
+               "rollouts": config.batch_size * config.samples_per_prompt * len(metrics)}
     checkpoint.write_json(folder / "result.json", result)
     print(evaluate.before_after(before["rows"], rows))
     print(evaluate.table(models))

@@ -209,18 +209,14 @@ def _invert_cdf(probs, uniform, block: int = 128):
     pages = torch.nn.functional.pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
     cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
     target = (uniform * cdf[:, -1])[:, None]                                        # (R, 1)
-    # below the sum by a hair, where rounding has made them equal: past the end there is no token
-    page = torch.searchsorted(cdf, torch.minimum(target, _just_below(cdf[:, -1:])), right=True)
+    page = torch.searchsorted(cdf, target, right=True)
     before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, page)
     words = pages[torch.arange(len(pages), device=page.device), page[:, 0]]         # (R, 128)
     cdf = before + words.cumsum(-1, dtype=torch.float64)
-    # the same here, where the two ways of adding a page may differ in the last digit
-    word = torch.searchsorted(cdf, torch.minimum(target, _just_below(cdf[:, -1:])), right=True)
+    # the two ways of adding a page differ in the last digits: never run past its last possible word
+    target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(target)))
+    word = torch.searchsorted(cdf, target, right=True)
     return page * block + word
-
-
-def _just_below(x):
-    return torch.nextafter(x, torch.zeros_like(x))
 
 
 # ---------------------------------------------------------------------------- the cache

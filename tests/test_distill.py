@@ -126,6 +126,24 @@ def test_sample_in_parts_changes_no_token(tiny, records):
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.lengths, parts.lengths)
 
 
+def test_several_samples_of_a_prompt_are_averaged(tiny, records):
+    """Two responses a prompt: sampled as by prompts given twice, and a mean over all twelve."""
+    student, processor = tiny
+    prompts = [processor.prompt(r) for r in records[:6]]
+    twice, cut = config(samples_per_prompt=2), config(samples_per_prompt=2, sample_batch=5)
+    rollout = distill.sample_all(student, processor, prompts, twice, seed=0)
+    again = distill.sample_all(student, processor, [p for p in prompts for _ in range(2)],
+                               config(sample_batch=12), seed=0)
+    parts = distill.sample_all(student, processor, prompts, cut, seed=0)
+    assert len(rollout.ids) == 12 and rollout.ids.tolist() == again.ids.tolist()
+    assert rollout.ids.tolist() == parts.ids.tolist()
+    one, a = one_step(tiny, [r for r in records[:3] for _ in range(2)], sample_batch=12)
+    two, b = one_step(tiny, records[:3], samples_per_prompt=2)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=2e-6)
+
+
 def test_micro_batches_cover_all_rows_within_the_budget(tiny, records):
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cue_recovery
 import rollout
 from rollout import Rollout, append_response, sample
 
@@ -110,6 +111,75 @@ def test_rows_that_leave_change_no_token(wild, batch):
     assert sizes[0] == 4 and sizes[-1] < 4, "stopped rows should have left the batch"
     assert sizes == [4] + [int((out.lengths > t).sum()) - int(((out.lengths == t + 1)
                            & out.stopped).sum()) for t in range(len(sizes) - 1)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "plain mask"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, padded, monkeypatch):
+    """Buffers that must grow every two tokens, also after a row has left, and each form of the mask:
+    additive, boolean, left out because nothing is padded, and prepared anew by the model."""
+    model = copy.deepcopy(wild)
+    if attention == "plain mask":
+        monkeypatch.setattr(rollout, "_decode_mask", lambda model, mask, room:
+                            torch.nn.functional.pad(mask, (0, room), value=1))
+    else:
+        model.set_attn_implementation(attention)
+    monkeypatch.setattr(rollout.KVCache, "ROOM", 2)
+    batch = loaded[1].batch(ragged if padded else [ragged[0]] * 4)
+    free = textbook(wild, batch, 12, seed=8)
+    stop = {int(free[1, 2]), int(free[0, 7])}
+    out = sample(model, batch, max_new_tokens=12, stop_ids=stop,
+                 generator=torch.Generator().manual_seed(8))
+    assert responses(out) == cut(free, stop)
+    assert len(set(out.lengths.tolist())) > 1, "rows should leave at different steps"
+    torch.testing.assert_close(scored(wild, batch, out), out.logprobs, atol=1e-4, rtol=0)
+
+
+def test_samples_of_a_prompt_share_its_prefill(loaded, wild, ragged, batch, monkeypatch):
+    """Token for token what three rows of each prompt give, though every prompt is read once."""
+    monkeypatch.setattr(rollout.KVCache, "ROOM", 3)
+    again = loaded[1].batch([prompt for prompt in ragged for _ in range(3)])
+    uniforms = torch.rand(12, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    free = sample(wild, again, max_new_tokens=10, stop_ids=(), uniforms=uniforms)
+    settings = dict(max_new_tokens=10, uniforms=uniforms,
+                    stop_ids={int(free.ids[1, 2]), int(free.ids[5, 4]), int(free.ids[10, 6])})
+    apart, sizes = sample(wild, again, **settings), []
+    hook = wild.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    shared = sample(wild, batch, samples_per_prompt=3, **settings)
+    hook.remove()
+    assert sizes[:2] == [4, 12] and sizes[-1] < 12
+    assert shared.ids.tolist() == apart.ids.tolist()
+    assert shared.lengths.tolist() == apart.lengths.tolist()
+    assert shared.stopped.tolist() == apart.stopped.tolist() and shared.stopped.any()
+    torch.testing.assert_close(shared.logprobs, apart.logprobs, atol=1e-4, rtol=0)
+    assert len({tuple(row) for row in free.ids[:3].tolist()}) == 3, "samples of a prompt differ"
+
+
+def test_recovery_module_reads_the_prompt_only(wild, batch):
+    """Its hooks go by the cache: with ours it is on in the prefill, and off in every step. The
+    uncached loop has it on in every forward, where the prompt's sink is the same."""
+    model = copy.deepcopy(wild)
+    cue = cue_recovery.attach(model, every=2)
+    for block in cue.blocks.values():
+        torch.nn.init.normal_(block.output.weight, std=0.3)
+    on = []
+    model.lm_head.register_forward_hook(lambda head, args, output: on.append(cue.prefill.on))
+    expected = textbook(model, batch, 8, seed=1)
+    on.clear()
+    out = sample(model, batch, max_new_tokens=8, stop_ids=(), samples_per_prompt=1,
+                 generator=torch.Generator().manual_seed(1))
+    assert on == [True] + [False] * 7
+    assert out.ids.tolist() == expected.tolist() != textbook(wild, batch, 8, seed=1).tolist()
+
+
+def test_results_can_be_trained_on(wild, batch):
+    """Decoding runs in inference mode, whose tensors autograd refuses to save."""
+    out = sample(wild, batch, max_new_tokens=3, stop_ids=(), generator=torch.Generator())
+    table, scale = torch.ones(512, 2, requires_grad=True), torch.ones(1, requires_grad=True)
+    (torch.nn.functional.embedding(out.ids, table).sum() + (scale * out.logprobs).sum()).backward()
+    assert float(table.grad.sum()) == 2 * out.ids.numel()
+    assert float(scale.grad) == pytest.approx(float(out.logprobs.sum()))
 
 
 def test_a_teacher_forward_between_steps_changes_nothing(loaded, wild, ragged, batch):
@@ -351,6 +421,23 @@ def test_distribution(settings, weights):
                                atol=1e-5, rtol=0)
 
 
+def test_inverting_the_distribution_in_pages():
+    """Against a float64 sum over a real vocabulary, and where rounding could run past the end: the
+    last possible tokens stand in the middle of a page, with nothing but banned ones behind."""
+    probs = (4 * torch.randn(40, 151_936)).softmax(-1)
+    probs[::2, 100_000:] = 0
+    uniform = torch.rand(40, dtype=torch.float64)
+    uniform[:8], uniform[8:16] = 0, 1 - 2**-53
+    got = rollout._invert_cdf(probs, uniform)
+    cdf = probs.double().cumsum(-1)
+    gap = (cdf.gather(1, got) - (uniform * cdf[:, -1])[:, None])[:, 0]
+    size = probs.gather(1, got)[:, 0].double()
+    assert (size > 0).all(), "a token of probability 0"
+    # inside the token's own stretch of the line, up to the rounding of float32 sums
+    assert (gap > -1e-7).all() and (gap - size < 1e-7).all()
+    assert rollout._invert_cdf(torch.eye(5)[[0, 4]], torch.tensor([1 - 2**-53, 0])).tolist() == [[0], [4]]
+
+
 def test_greedy_logprobs_are_of_the_untempered_softmax():
     """After bans, without temperature and cuts: what a teacher-forced pass would say."""
     out = sample(constant([2.0, 1.0, 0.0]), one_token_prompts(0), max_new_tokens=1, temperature=0,
@@ -453,7 +540,7 @@ def test_right_padded_prompts_are_refused(loaded, wild, ragged):
 @pytest.mark.parametrize("setting", [
     {"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")},
     {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_k": -1},
-    {"repetition_penalty": 0.0}], ids=str)
+    {"repetition_penalty": 0.0}, {"samples_per_prompt": 0}], ids=str)
 def test_bad_settings_are_refused(setting):
     (name, value), = setting.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
