@@ -167,7 +167,7 @@ def test_recovery_module_reads_the_prompt_only(wild, batch):
     model.lm_head.register_forward_hook(lambda head, args, output: on.append(cue.prefill.on))
     expected = textbook(model, batch, 8, seed=1)
     on.clear()
-    out = sample(model, batch, max_new_tokens=8, stop_ids=(), samples_per_prompt=1,
+    out = sample(model, batch, max_new_tokens=8, stop_ids=(),
                  generator=torch.Generator().manual_seed(1))
     assert on == [True] + [False] * 7
     assert out.ids.tolist() == expected.tolist() != textbook(wild, batch, 8, seed=1).tolist()
@@ -435,7 +435,8 @@ def test_inverting_the_distribution_in_pages():
     assert (size > 0).all(), "a token of probability 0"
     # inside the token's own stretch of the line, up to the rounding of float32 sums
     assert (gap > -1e-7).all() and (gap - size < 1e-7).all()
-    assert rollout._invert_cdf(torch.eye(5)[[0, 4]], torch.tensor([1 - 2**-53, 0])).tolist() == [[0], [4]]
+    ends = torch.tensor([1 - 2**-53, 0], dtype=torch.float64)
+    assert rollout._invert_cdf(torch.eye(5)[[0, 4]], ends).tolist() == [[0], [4]]
 
 
 def test_greedy_logprobs_are_of_the_untempered_softmax():
