@@ -6,6 +6,7 @@ shipped checkpoint knows, and greedy text wanders instead of repeating itself.
 """
 import copy
 import doctest
+import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 
 import cue_recovery
 import rollout
+from conftest import ROOT
 from rollout import Rollout, append_response, sample
 
 # ---------------------------------------------------------------------------- the real class
@@ -552,3 +554,17 @@ def test_bad_settings_are_refused(setting):
 def test_drawings_in_the_docstrings():
     result = doctest.testmod(rollout)
     assert result.attempted > 2 and result.failed == 0
+
+
+def test_the_benchmark_still_measures(loaded):
+    """benchmarks/rollout.py by its smallest case: all ways must stop at the steps it meant them to."""
+    path = ROOT / "tests" / "benchmarks" / "rollout.py"
+    spec = importlib.util.spec_from_file_location("rollout_benchmark", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.DEVICE = "cpu"
+    case = ("3 x 2 samples", "tiny", "sdpa", 3, 60, 8, "ragged", 2, 1)
+    result = bench.run_case(case, *loaded)
+    assert bench.answer_lengths("ragged", 3, 8) == [1, 4, 8]
+    assert result["rows"] == 6 and result["max_length"] == 8 and result["mean_length"] == 4.3
+    assert result["generate_wall"] > 0 and result["plain_wall"] > 0
