@@ -286,7 +286,8 @@ def share(row: dict, name: str, sign: str = "") -> str:
 def hints(row: dict, where: str, of: str) -> str:
     """Rows / occurrences of all, as in the paper's table 8."""
     rows, count, n = row[f"{where}_hint_rows"], row[f"{where}_hint_count"], row[of]
-    return "-" if rows is None else f"{rows} / {'?' if count is None else count} of {n}"
+    count = 0 if rows == 0 else "?" if count is None else count
+    return "-" if rows is None else f"{rows} / {count} of {n}"
 
 
 def module_gain(row: dict) -> str:

@@ -33,7 +33,7 @@ import io
 import json
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 LEVELS = (0.1, 0.5, 1.5, 4.0)        # nats of difference from which a token is coloured stronger
 TOKENS = 1000                        # of an answer are shown: a page must stay a page
 TILES = 2                            # pictures of one record
-INK = ((17, 17, 17), (255, 255, 255))
+INK = ((17, 17, 17), (255, 255, 255))     # text, and the rim that keeps it readable on anything
 MORE = ((222, 235, 247), (179, 211, 238), (127, 181, 224), (88, 154, 208))     # blue
 LESS = ((253, 235, 213), (253, 207, 156), (249, 169, 92), (232, 131, 58))      # orange
 HEAT = (106, 27, 154)                # violet: no shape of the toy world has it
@@ -118,6 +118,8 @@ def read_run(folder) -> Run:
             parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except ValueError as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(parts[name], dict):
+            raise ValueError(f"{path}: expected a JSON object, not {type(parts[name]).__name__}")
     run = Run(folder, parts["args"], parts["before"], parts["result"],
               read_jsonl(folder / "metrics.jsonl"))
     data = Path(run.args.get("data") or ".")
@@ -130,7 +132,6 @@ def read_run(folder) -> Run:
 
 def command_line(args: dict) -> tuple[str, dict[str, str]]:
     """The command that gives these settings, and each setting's help text."""
-    from dataclasses import fields
     from distill import HERE, TOY, Config
     plain, words = {f.name: f.default for f in fields(Config)}, ["python", "distill.py"]
     if args.get("student") == plain["student"]:
@@ -182,13 +183,13 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     from data import records as record_files
     from evaluate import with_frames
     from model import load
-    args = dict(run.args)
-    args.update({k: v for k, v in (("device", device), ("dtype", dtype)) if v})
-    if args.get("attention") == "flash_attention_2" and not torch.cuda.is_available():
-        args["attention"] = "sdpa"
-    limit = max_new_tokens or min(args.get("max_new_tokens", 1024), 1024)
-    known = {f.name for f in distill.fields(distill.Config)}
-    config = distill.Config(**{k: v for k, v in args.items() if k in known})
+    config = distill.Config(**{f.name: run.args[f.name] for f in fields(distill.Config)
+                               if f.name in run.args})
+    if not torch.cuda.is_available():        # a run of another machine, looked at on this one
+        config.device = "" if config.device.startswith("cuda") else config.device
+        config.attention = config.attention.replace("flash_attention_2", "sdpa")
+    config.device, config.dtype = device or config.device, dtype or config.dtype
+    limit = max_new_tokens or min(config.max_new_tokens, 1024)
     needs = () if config.privilege == "none" else (config.privilege,)
     try:
         records = [with_frames(r) for r in record_files.load(config.eval_data, needs)[:count]]
@@ -208,7 +209,7 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
                                   config.device or None, attention=config.attention)
         for example in run.examples:
             example.after = answer(student, teacher, processor, example, limit)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         run.missing["models"] = f"The models could not be asked: {error}"
 
 
@@ -327,24 +328,24 @@ def mean_maps(maps: dict) -> list[torch.Tensor]:
 
 
 def overlay(tile: Image.Image, attention: torch.Tensor, top: float) -> Image.Image:
-    """The picture, paled, under the attention (h, w); `top` is the share that is painted full.
+    """The picture, paled and greyed, under the attention (h, w); `top` is the share that is painted full.
 
     The strongest cell has a frame; where cells are large enough each has its share in percent.
     """
     h, w = attention.shape
     cell = tile.width // w
-    pale = Image.blend(tile, Image.new("RGB", tile.size, "white"), 0.35)
-    mask = (attention / max(top, 1e-9)).clamp(0, 1).mul(0.72 * 255).round().to(torch.uint8)
+    grey = Image.blend(tile, tile.convert("L").convert("RGB"), 0.7)     # so that violet stands out
+    pale = Image.blend(grey, Image.new("RGB", tile.size, "white"), 0.4)
+    mask = (attention / max(top, 1e-9)).clamp(0, 1).mul(0.8 * 255).round().to(torch.uint8)
     mask = Image.fromarray(mask.numpy(), "L").resize(tile.size, Image.Resampling.NEAREST)
     out = Image.composite(Image.new("RGB", tile.size, HEAT), pale, mask)
     pen, best = ImageDraw.Draw(out), int(attention.argmax())
     if cell >= 32:
-        font = ImageFont.load_default(size=max(11, cell // 4))
-        for n, share in enumerate(attention.flatten().tolist()):
+        font = ImageFont.load_default(size=cell // 3)
+        for n, part in enumerate(attention.flatten().tolist()):
             x, y = n % w * cell + cell // 2, n // w * cell + cell // 2
-            dark = share / max(top, 1e-9) > 0.45
-            pen.text((x, y), f"{100 * share:.0f}", INK[dark], font, anchor="mm",
-                     stroke_width=2, stroke_fill=INK[not dark])
+            pen.text((x, y), f"{100 * part:.0f}", INK[0], font, anchor="mm", stroke_width=2,
+                     stroke_fill=INK[1])
     x, y = best % w * cell, best // w * cell
     pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=INK[0], width=max(1, cell // 20))
     return out
@@ -522,7 +523,7 @@ def result_section(run: Run) -> str:
                     "</p></div>" for name, s in models.items())
     gain = ""
     if {"base", "student"} <= set(models):
-        gain = (f"<p>Student - base: <strong>{100 * (models['student']['accuracy'] - models['base']['accuracy']):+.1f} "
+        gain = (f"<p>Student minus base: <strong>{100 * (models['student']['accuracy'] - models['base']['accuracy']):+.1f} "
                 "points</strong>.</p>")
     columns = {"accuracy %": lambda s: share(s["accuracy"], s.get("interval")),
                "grounded %": lambda s: share(s["grounded"], s.get("grounded_interval"))
@@ -555,7 +556,7 @@ def curves_section(run: Run) -> str:
         chart("acc", "Accuracy on the test records, %", [("student", [(x, 100 * y) for x, y in line],
               "a")], levels=levels, dots=True, form=".0f",
               bars=[(x, *(100 * v for v in s["interval"])) for x, s in ends if s.get("interval")]),
-        chart("gap", "Teacher - student log-prob of the sampled tokens",
+        chart("gap", "Log-prob, teacher minus student, of the sampled tokens",
               [("front half", points(run.metrics, "gap_front"), "a"),
                ("back half", points(run.metrics, "gap_back"), "b")]),
         chart("length", "Response length, tokens", [("length", points(run.metrics, "length"), "a")],
@@ -622,12 +623,15 @@ def answer_block(title: str, answer: Answer | None) -> str:
 
 
 def legend() -> str:
-    edges = [f"{a:g} to {b:g}" for a, b in zip(LEVELS, LEVELS[1:])] + [f"over {LEVELS[-1]:g}"]
-    parts = [f'<span class="t n{n + 1}">&minus;{edges[n]}</span>' for n in reversed(range(4))]
-    parts.append(f'<span class="t z">within {LEVELS[0]:g}</span>')
-    parts += [f'<span class="t p{n + 1}">+{edges[n]}</span>' for n in range(4)]
-    return ('<p class="legend"><span>less likely to the teacher (orange, dotted line)</span> '
-            + " ".join(parts) + " <span>more likely (blue, solid line)</span></p>")
+    a, b, c, d = (f"{edge:g}" for edge in LEVELS)
+    less = [f"below -{d}", f"-{d} to -{c}", f"-{c} to -{b}", f"-{b} to -{a}"]
+    more = [f"+{a} to +{b}", f"+{b} to +{c}", f"+{c} to +{d}", f"above +{d}"]
+    parts = [f'<span class="t n{4 - n}">{text}</span>' for n, text in enumerate(less)]
+    parts.append(f'<span class="t z">-{a} to +{a}</span>')
+    parts += [f'<span class="t p{n + 1}">{text}</span>' for n, text in enumerate(more)]
+    return ('<p class="legend"><span>Less likely to the teacher (orange, dotted line):</span> '
+            + " ".join(parts).replace("-", "\u2212")
+            + " <span>more likely (blue, solid line). \u25aa is the stop token.</span></p>")
 
 
 def rollouts_section(run: Run) -> str:
@@ -659,8 +663,10 @@ def attention_section(run: Run) -> str:
         return absent(run.missing.get("models") or "No maps: the module was not run on a picture.")
     out = ["<p>What the sink token asks the picture for while the prompt is read: the share of its "
            "attention on each visual token, mean over the heads of a block. Darker is more, the same "
-           "scale for all maps of a picture; framed: the strongest. The sink stands before the "
-           "question, so a map depends on the picture alone.</p>"]
+           "scale for all maps of a picture; framed: the strongest. Before training the maps are "
+           "those of random weights, and nothing of them reaches the student."
+           + (" The sink stands before the question, so a map depends on the picture alone."
+              if run.args.get("sink", "first") == "first" else "") + "</p>"]
     for example in shown:
         out.append(f"<article><h3>{escape(str(example.record['id']))}: "
                    f"{escape(example.record['question'])}</h3>")
@@ -683,15 +689,14 @@ def map_rows(example: Example, n: int, tile: Image.Image) -> str:
         if answer is None or not answer.maps:
             out.append(absent(f"{title} training: no module"))
             continue
-        blocks = [(f"before layer {layer + 1}", maps[n]) for layer, maps in answer.maps.items()]
+        blocks = [(f"block at layer {layer + 1}", maps[n]) for layer, maps in answer.maps.items()]
         blocks.append(("mean of blocks", mean_maps(answer.maps)[n]))
         figures = "".join(
             "<figure>" + image_tag(overlay(tile, m, top), f"Sink attention {title} training, {name}: "
                                    f"{peak(m)}") + f"<figcaption>{escape(name)}<br>{peak(m)}</figcaption></figure>"
             for name, m in blocks)
         out.append(f'<h4>{title.capitalize()} training</h4><div class="maps"><figure>'
-                   + image_tag(tile, "The picture") + f"<figcaption>the picture</figcaption></figure>"
-                   f"{figures}</div>")
+                   + image_tag(tile, "The picture") + f'<figcaption>the picture</figcaption></figure>{figures}</div>')
     return "".join(out)
 
 
@@ -706,8 +711,8 @@ def spread_table(examples: list[Example]) -> str:
               for a in (e.before or e.after,) if a.maps]
     return table("Over how many visual tokens a block's attention is spread (exp of the entropy of the "
                  f"maps above); evenly it would be {sum(tokens) / len(tokens):.1f}, the mean number of "
-                 "visual tokens.", ["block", "before", "after"],
-                 [[f"before layer {layer + 1}", of("before", layer), of("after", layer)]
+                 "visual tokens.", ["block at", "before", "after"],
+                 [[f"layer {layer + 1}", of("before", layer), of("after", layer)]
                   for layer in layers])
 
 
@@ -767,8 +772,9 @@ DARK_LESS = ((64, 41, 15), (97, 58, 14), (130, 75, 14), (160, 88, 12))
 def token_style() -> str:
     """The diverging scale in CSS, for light and for dark pages."""
     def rules(more, less):
-        return "".join(f".{letter}{n + 1}{{background:rgb{colour}}}" for letter, scale in
-                       (("p", more), ("n", less)) for n, colour in enumerate(scale))
+        return "".join(f".{letter}{n + 1}{{background:rgb{colour};border-bottom:2px {line}}}"
+                       for letter, scale, line in (("p", more, "solid"), ("n", less, "dotted"))
+                       for n, colour in enumerate(scale))
     return rules(MORE, LESS) + "@media(prefers-color-scheme:dark){" + rules(DARK_MORE, DARK_LESS) + "}"
 
 
@@ -792,29 +798,31 @@ figure{margin:0}img{max-width:100%;height:auto;border:1px solid var(--line)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px}
 .chart{max-width:520px}.chart figcaption{font-weight:600;font-size:.92rem}
 svg{display:block;width:100%;height:auto;font-size:12px}svg text{fill:var(--ink)}
-svg .soft{fill:var(--soft)}svg .on{paint-order:stroke;stroke:var(--bg);stroke-width:4px}
+svg .soft{fill:var(--soft);font-size:12px}svg .on{paint-order:stroke;stroke:var(--bg);stroke-width:4px}
 .grid{stroke:var(--line);stroke-width:1}
 .line,.raw{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.4}
 .line.a,.raw.a{stroke:var(--a)}.line.b,.raw.b{stroke:var(--b)}.line.b{stroke-dasharray:6 3}
 circle.a{fill:var(--a)}circle.b{fill:var(--b)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:1em 0;font-size:.92rem;
+overflow-wrap:normal;min-width:min(100%,24em);
 font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);font-size:.88rem;padding-bottom:.4em;max-width:44em}
+caption{text-align:left;color:var(--soft);font-size:.88rem;padding-bottom:.4em;
+max-width:min(44em,calc(100vw - 34px))}
 th,td{text-align:right;padding:4px 10px;border-bottom:1px solid var(--line)}
 th:first-child{text-align:left;padding-left:0}thead th{vertical-align:bottom}
-.settings td,.settings thead th{text-align:left}
+th,td{white-space:nowrap}thead th,.settings td{white-space:normal}
+.settings td,.settings thead th{text-align:left}.settings td{min-width:8em;overflow-wrap:anywhere}
 .tokens th{font-family:ui-monospace,monospace;font-weight:400;white-space:pre}
 pre{white-space:pre-wrap;background:var(--panel);padding:10px 14px}
 .asked{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}.asked img{max-width:128px}
 .asked dl{margin:0;flex:1 1 220px}dt{color:var(--soft);font-size:.88rem}dd{margin:0 0 .5em}
 .both{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:8px 28px}
 .answer{white-space:pre-wrap;line-height:2;margin:.3em 0}
-.t{border-bottom:2px solid transparent;padding:1px 0}.t:empty::before{content:"\\2423";opacity:.6}
-[class*=" p"]{border-bottom-color:currentColor}[class*=" n"]{border-bottom:2px dotted currentColor}
+.t{border-bottom:2px solid transparent;padding:1px 0}.t:empty::before{content:"\\25AA"}
 .t:hover,.t:focus{outline:2px solid var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:6px 8px;font-size:.85rem;align-items:baseline}
 .legend .t{padding:1px 6px}
-.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(136px,1fr));gap:12px}
+.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}
 .maps img{width:100%}.maps figcaption{font-size:.82rem;line-height:1.35}
 #tip{position:absolute;background:var(--ink);color:var(--bg);font-size:.85rem;padding:4px 8px;
 border-radius:4px;pointer-events:none;max-width:260px}
@@ -853,7 +861,7 @@ def attention_picture(example: Example, n: int = 0) -> Image.Image:
         pen.multiline_text((8, top_y + tile.height // 2), title.replace(" ", "\n"), INK[0], font,
                            anchor="lm", spacing=6)
         columns = [("picture", tile)]
-        columns += [(f"before layer {layer + 1}", overlay(tile, maps[n], top))
+        columns += [(f"block at layer {layer + 1}", overlay(tile, maps[n], top))
                     for layer, maps in a.maps.items()]
         columns.append(("mean of blocks", overlay(tile, mean_maps(a.maps)[n], top)))
         for x, (name, image) in enumerate(columns):
@@ -884,20 +892,26 @@ def rollouts_picture(examples: list[Example], width: int = 1400) -> Image.Image:
                 ends.append(draw_tokens(pen, a, x, y + 34, column, font))
         y = max(ends) + 26
     x = 16
-    for text, gap in (("teacher minus student log-prob, nats:", 0), (" < -4 ", -5), (" < -0.5 ", -1),
-                      (" about 0 ", 0), (" > 0.5 ", 1), (" > 4 ", 5)):
+    for text, gap in (("teacher minus student log-prob, nats:", 0), (" below -4 ", -5), (" below -0.5 ", -1),
+                      (" about 0 ", 0), (" above 0.5 ", 1), (" above 4 ", 5)):
         x = draw_token(pen, text, gap, x, y, font) + 12
     return out.crop((0, 0, width, y + 44))
 
 
 def draw_tokens(pen, answer: Answer, x: int, y: int, width: int, font) -> int:
     """Lay an answer out in a column; returns the y below it."""
-    left = x
+    left, words = x, []
     for text, s, t in zip(answer.pieces, answer.student, answer.teacher):
         text = text.replace("\n", " ")
-        if x > left and x + pen.textlength(text, font) > left + width:
+        if not words or text.startswith(" "):        # a line breaks before a word, not in it
+            words.append([])
+        words[-1].append((text, t - s))
+    for word in words:
+        if x > left and x + pen.textlength("".join(text for text, _ in word), font) > left + width:
             x, y = left, y + 40
-        x = draw_token(pen, text, t - s, x, y, font)
+            word[0] = (word[0][0].lstrip(" "), word[0][1])
+        for text, gap in word:
+            x = draw_token(pen, text, gap, x, y, font)
     return y + 40
 
 
