@@ -262,11 +262,9 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
 @torch.no_grad()
 def token_logprobs(model, processor, prompt, ids: torch.Tensor, chunk: int = 128) -> list[float]:
     """log p of every response token ids (T,) behind `prompt`, at temperature 1, nothing banned."""
-    from rollout import append_response
-    batch = processor.batch([prompt], device=model.device)
-    both = append_response(batch, ids[None], torch.tensor([len(ids)], device=ids.device))
-    # the state at column t predicts the token at t + 1, so the answer is read one column early
-    hidden = model.model(**both, use_cache=False).last_hidden_state[0, -len(ids) - 1:-1]  # (T, D)
+    from distill import response_states          # the very states that training scores
+    hidden = response_states(model, processor, [prompt], [0], ids[None],
+                             torch.ones_like(ids[None], dtype=torch.bool))               # (T, D)
     out = []
     for start in range(0, len(ids), chunk):         # (T, V) logits of a long answer are gigabytes
         part = slice(start, start + chunk)
@@ -367,7 +365,7 @@ def spread(maps: list[torch.Tensor]) -> float:
 def image_tag(image: Image.Image, alt: str) -> str:
     """The picture inside the page, as PNG or JPEG, whichever is shorter."""
     best = None
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+    for kind, options in (("png", {}), ("jpeg", {"quality": 85})):
         out = io.BytesIO()
         image.save(out, kind, **options)
         best = min(best or (kind, out.getvalue()), (kind, out.getvalue()), key=lambda x: len(x[1]))
@@ -384,7 +382,7 @@ def points(metrics: list[dict], name: str) -> list[tuple[float, float]]:
             if isinstance(m.get(name), (int, float)) and math.isfinite(m[name])]
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from below `low` to above `high`.
 
     >>> ticks(0, 0.93)
