@@ -97,8 +97,9 @@ def test_runs_that_differ_in_a_setting_are_two_arms(tmp_path, change):
 
 def test_the_gain_by_the_module_is_paired_by_seed(tmp_path):
     """Seeds 0 and 1 have both arms: the differences are 0.05 and 0.07, though seeds differ by 0.2."""
-    plain = dict(cue_recovery=False, cue_lr=7.0)         # the rate of a module that is not there
-    runs = [make_run(tmp_path, "a0", 0.60, seed=0, **plain), make_run(tmp_path, "a1", 0.80, seed=1, **plain),
+    off = dict(cue_recovery=False)          # with two rates of a module that is not there: still one arm
+    runs = [make_run(tmp_path, "a0", 0.60, seed=0, cue_lr=7.0, **off),
+            make_run(tmp_path, "a1", 0.80, seed=1, cue_lr=8.0, **off),
             make_run(tmp_path, "b0", 0.65, seed=0), make_run(tmp_path, "b1", 0.87, seed=1),
             make_run(tmp_path, "b2", 0.10, seed=2), make_run(tmp_path, "c", 0.9, seed=0, lr=5.0)]
     without, with_module, other = arms(compare.compare(runs)[0])
