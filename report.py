@@ -1,9 +1,9 @@
 """report.py - one run as one page: what changed, token by token and cell by cell.
 
-The idea.  A table says that a student got better; it does not say how. Two pictures do. Every token of
-an answer is coloured by what the teacher thinks of it, and the picture is covered with what the sink
-token asks it for, both before training and after. The page is one file: no network, no library, nothing
-to install to read it, and it can be mailed.
+The idea.  A table says that a student got better; it does not say how. Two pictures do. Every token
+of an answer is coloured by what the teacher thinks of it, and the picture is covered with what the
+sink token asks it for, both before training and after. The page is one file: no network, no library,
+nothing to install to read it, and it can be mailed.
 
 In:  the folder of a run, finished, killed or still running; its models, if they can be loaded.
 Out: an HTML file; with --pictures also attention.png and rollouts.png for a README.
@@ -19,11 +19,11 @@ Choices a reader may wonder about
    checkpoint, to the first records of its test file: not picked. Training samples at a temperature.
 2) "Before" is the start as distill.py builds it, so the module has the weights drawn with the run's
    seed. It adds nothing then (W_O = 0), yet its attention is defined: that is the map shown.
-3) What is missing (no checkpoint yet, a data file that moved) is named on the page; the rest is shown.
-4) Sign is never told by colour alone: solid underline means more likely to the teacher, dotted less.
+3) What is missing (no checkpoint yet, a data file that moved) is named on the page, the rest shown.
+4) Sign is never told by colour alone: a solid underline is more likely to the teacher, dotted less.
 
 Use it alone: imports torch and pillow; asking the models needs the files beside it.
-Left out: anything interactive but tooltips, and the attention of single heads (maps are their mean).
+Left out: anything interactive but tooltips; the attention of single heads (maps are their mean).
 """
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class Run:
     def models(self) -> dict[str, dict]:
         """{base, teacher, student: summary as evaluate.summarise gives it}, what there is."""
         found = {name: self.before[name] for name in ("base", "teacher") if name in self.before}
-        student = {key[8:]: value for key, value in self.result.items() if key.startswith("student_")}
+        student = {key[8:]: value for key, value in self.result.items()
+                   if key.startswith("student_")}
         return found | ({"student": {**student, "n": self.result.get("n")}} if student else {})
 
 
@@ -219,8 +220,8 @@ def load_averaged(teacher, run: Run) -> None:
     try:
         _, tensors = load_state(run.folder / "state")
     except OSError:
-        run.missing["teacher"] = ("The averaged teacher has no saved state: the log-probs are those "
-                                  "of the teacher at the start.")
+        run.missing["teacher"] = ("The averaged teacher has no saved state: the log-probs are "
+                                  "those of the teacher at the start.")
         return
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
@@ -300,7 +301,8 @@ def tile_grids(prompt, merge: int) -> list[tuple[int, int]]:
 def split(attention: torch.Tensor, grids: list[tuple[int, int]]) -> list[torch.Tensor]:
     """Attention over all visual tokens, in reading order, as one (h, w) map a picture."""
     if len(attention) != sum(h * w for h, w in grids):
-        raise ValueError(f"{len(attention)} visual tokens, but grids of {grids}: was the prompt cut?")
+        raise ValueError(f"{len(attention)} visual tokens, but grids of {grids}: was the prompt "
+                         "cut?")
     return [part.view(grid) for part, grid in
             zip(attention.split([h * w for h, w in grids]), grids)]
 
@@ -326,7 +328,7 @@ def mean_maps(maps: dict) -> list[torch.Tensor]:
 
 
 def overlay(tile: Image.Image, attention: torch.Tensor, top: float) -> Image.Image:
-    """The picture, paled and greyed, under the attention (h, w); `top` is the share that is painted full.
+    """The picture, paled and greyed, under the attention (h, w); the share `top` is painted full.
 
     The strongest cell has a frame; where cells are large enough each has its share in percent.
     """
@@ -452,9 +454,10 @@ def chart(key: str, title: str, lines: list[tuple], *, levels=(), bars=(), dots=
             x = left + 110 * n
             out.append(f'<line class="line {kind}" x1="{x}" x2="{x + 26}" y1="14" y2="14"/>'
                        f'<text x="{x + 32}" y="18">{escape(name)}</text>')
-    said = "; ".join(f"{name} from {line[0][1]:{form}} at step {line[0][0]:g} to {line[-1][1]:{form}} "
-                     f"at step {line[-1][0]:g}, between {min(y for _, y in line):{form}} and "
-                     f"{max(y for _, y in line):{form}}" for name, line, _ in lines)
+    said = "; ".join(f"{name} from {line[0][1]:{form}} at step {line[0][0]:g} to "
+                     f"{line[-1][1]:{form}} at step {line[-1][0]:g}, between "
+                     f"{min(y for _, y in line):{form}} and {max(y for _, y in line):{form}}"
+                     for name, line, _ in lines)
     said += "".join(f"; {name}" for name, _, _ in levels)
     return (f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
             f'<svg viewBox="0 0 {W} {H}" role="img" aria-labelledby="{key}-t {key}-d">'
@@ -470,7 +473,8 @@ def forest(models: dict[str, dict]) -> str:
         return left + share * (W - left - 16)
 
     out = [f'<line class="grid" x1="{px(s / 4)}" x2="{px(s / 4)}" y1="4" y2="{H - 22}"/>'
-           f'<text x="{px(s / 4)}" y="{H - 6}" text-anchor="middle">{25 * s}</text>' for s in range(5)]
+           f'<text x="{px(s / 4)}" y="{H - 6}" text-anchor="middle">{25 * s}</text>'
+           for s in range(5)]
     for n, (name, s) in enumerate(models.items()):
         y, (low, high) = 22 + 34 * n, s.get("interval") or (s["accuracy"],) * 2
         out.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{name}</text>'
@@ -478,8 +482,8 @@ def forest(models: dict[str, dict]) -> str:
                    f'y2="{y}"/><circle class="a" cx="{px(s["accuracy"]):.1f}" cy="{y}" r="5"/>')
     said = "; ".join(f"{name} {share(s['accuracy'], s.get('interval'))} %"
                      for name, s in models.items())
-    return (f'<figure class="chart"><svg viewBox="0 0 {W} {H}" role="img" aria-labelledby="f-t f-d">'
-            '<title id="f-t">Accuracy with 95 % intervals</title>'
+    return (f'<figure class="chart"><svg viewBox="0 0 {W} {H}" role="img" '
+            'aria-labelledby="f-t f-d"><title id="f-t">Accuracy with 95 % intervals</title>'
             f'<desc id="f-d">{escape(said)}</desc>' + "".join(out) + "</svg></figure>")
 
 
@@ -500,7 +504,8 @@ def table(caption: str, head: list[str], rows: list[list], kind: str = "") -> st
     body = "".join("<tr>" + "".join(
         f'<th scope="row">{escape(str(c))}</th>' if n == 0 else f"<td>{escape(str(c))}</td>"
         for n, c in enumerate(row)) + "</tr>" for row in rows)
-    return (f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>'
+    return (f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption>'
+            "<thead><tr>"
             + "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
             + f"</tr></thead><tbody>{body}</tbody></table></div>")
 
@@ -512,17 +517,18 @@ def absent(text: str) -> str:
 def result_section(run: Run) -> str:
     models = run.models()
     if not models:
-        return absent("No accuracy yet: before.json and result.json are not there. The base and the "
-                      "teacher are asked before the first step.")
-    names = {"base": "base, no hint", "teacher": f"teacher, {run.args.get('privilege', '?')} as hint",
+        return absent("No accuracy yet: before.json and result.json are not there. The base and "
+                      "the teacher are asked before the first step.")
+    names = {"base": "base, no hint",
+             "teacher": f"teacher, {run.args.get('privilege', '?')} as hint",
              "student": "student, no hint"}
     cards = "".join(f'<div class="card"><p>{escape(names[name])}</p><p class="big">'
                     f'{share(s["accuracy"])} %</p><p>{share(s["accuracy"], s.get("interval"))[5:]}'
                     "</p></div>" for name, s in models.items())
     gain = ""
     if {"base", "student"} <= set(models):
-        gain = (f"<p>Student minus base: <strong>{100 * (models['student']['accuracy'] - models['base']['accuracy']):+.1f} "
-                "points</strong>.</p>")
+        points_won = 100 * (models["student"]["accuracy"] - models["base"]["accuracy"])
+        gain = f"<p>Student minus base: <strong>{points_won:+.1f} points</strong>.</p>"
     columns = {"accuracy %": lambda s: share(s["accuracy"], s.get("interval")),
                "grounded %": lambda s: share(s["grounded"], s.get("grounded_interval"))
                if s.get("grounded") is not None else "-",
@@ -532,7 +538,8 @@ def result_section(run: Run) -> str:
                "length": lambda s: f"{s['length']:.1f}" if "length" in s else "-",
                "n": lambda s: s.get("n", "-")}
     columns = {k: f for k, f in columns.items() if any(f(s) != "-" for s in models.values())}
-    late = "" if "student" in models else absent("No student yet: result.json is written at the end.")
+    late = "" if "student" in models else absent(
+        "No student yet: result.json is written at the end.")
     return f'<div class="cards">{cards}</div>{gain}{late}{forest(models)}' + table(
         "Test answers, greedy. In brackets: 95 % intervals over questions (Wilson). Grounded: right, "
         "with evidence stated, all of it really in the picture.", ["model", *columns],
@@ -547,22 +554,24 @@ def curves_section(run: Run) -> str:
     ends = [(x, models[name]) for x, name in ((0, "base"), (run.metrics[-1]["step"], "student"))
             if name in models]
     line = sorted({**dict(seen), **{x: s["accuracy"] for x, s in ends}}.items())
-    levels = [(f"teacher {share(models['teacher']['accuracy'])}", 100 * models["teacher"]["accuracy"],
-               "b")] if "teacher" in models else []
+    taught = models.get("teacher", {}).get("accuracy")
+    levels = [] if taught is None else [(f"teacher {share(taught)}", 100 * taught, "b")]
     charts = [
-        chart("loss", "Loss, nats per response token", [("loss", points(run.metrics, "loss"), "a")]),
-        chart("acc", "Accuracy on the test records, %", [("student", [(x, 100 * y) for x, y in line],
-              "a")], levels=levels, dots=True, form=".0f",
+        chart("loss", "Loss, nats per response token",
+              [("loss", points(run.metrics, "loss"), "a")]),
+        chart("acc", "Accuracy on the test records, %",
+              [("student", [(x, 100 * y) for x, y in line], "a")], levels=levels, dots=True,
+              form=".0f",
               bars=[(x, *(100 * v for v in s["interval"])) for x, s in ends if s.get("interval")]),
         chart("gap", "Log-prob, teacher minus student, of the sampled tokens",
               [("front half", points(run.metrics, "gap_front"), "a"),
                ("back half", points(run.metrics, "gap_back"), "b")]),
         chart("length", "Response length, tokens", [("length", points(run.metrics, "length"), "a")],
               form=".0f")]
-    few = "" if seen else absent("No evaluations during training (--eval-every 0, or not reached): the "
-                                 "accuracy has its ends only.")
-    return (f'<p>Thin: every step. Thick: running mean.</p><div class="charts">{"".join(charts)}</div>'
-            f"{few}" + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
+    few = "" if seen else absent("No evaluations during training (--eval-every 0, or not reached): "
+                                 "the accuracy has its ends only.")
+    return ('<p>Thin: every step. Thick: running mean.</p>'
+            f'<div class="charts">{"".join(charts)}</div>{few}' + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
                               [[x, share(y)] for x, y in line]) if line else ""))
 
 
@@ -572,15 +581,16 @@ def hints_section(run: Run) -> str:
     size, note = run.args.get("batch_size", 0), ""
     records = run.records
     if not records or not size:
-        note = absent(f"Not by epoch: {run.args.get('data') or 'the training records'} cannot be read, "
-                      "so the length of an epoch is not known.")
+        note = absent(f"Not by epoch: {run.args.get('data') or 'the training records'} cannot be "
+                      "read, so the length of an epoch is not known.")
         records, size = 10 ** 12, size or 1
     rows = epochs(run.metrics, records, size)
     cells = [[("all" if note else e["epoch"]) if e["whole"] or note else f"{e['epoch']} (part)",
               f"{e['first']} - {e['last']}", e["rollouts"], e["rows"], e["count"]] for e in rows]
     if len(rows) > 1:
         cells.append(["sum", "", *(sum(e[k] for e in rows) for k in ("rollouts", "rows", "count"))])
-    caption = "Rollouts with the word \u201chint\u201d, and how often it stands there (table 8 of the paper)."
+    caption = ("Rollouts with the word \u201chint\u201d, and how often it stands there (table 8 of the "
+               "paper).")
     if not note:
         caption += f" An epoch is {records} records / {size} a step = {records / size:.1f} steps."
     return note + table(caption, ["epoch", "steps", "rollouts", "rows", "occurrences"], cells)
@@ -609,9 +619,10 @@ def answer_block(title: str, answer: Answer | None) -> str:
     verdict += "" if answer.stopped else ", cut off"
     gaps = [t - s for s, t in zip(answer.student, answer.teacher)]
     more = len(gaps) - TOKENS
-    rows = [[repr(text)[1:-1] or "(none)", f"{t:.2f}", f"{s:.2f}", f"{t - s:+.2f}"] for text, s, t in
-            list(zip(answer.pieces, answer.student, answer.teacher))[:TOKENS]]
-    return (f'<div class="said"><h4>{title}: {verdict}</h4><p class="answer">{token_spans(answer)}</p>'
+    rows = [[repr(text)[1:-1] or "(none)", f"{t:.2f}", f"{s:.2f}", f"{t - s:+.2f}"]
+            for text, s, t in list(zip(answer.pieces, answer.student, answer.teacher))[:TOKENS]]
+    return (f'<div class="said"><h4>{title}: {verdict}</h4>'
+            f'<p class="answer">{token_spans(answer)}</p>'
             + (absent(f"{more} more tokens are not shown.") if more > 0 else "")
             + f'<p class="soft">mean difference {sum(gaps) / len(gaps):+.3f} nats a token, '
             f"{len(gaps)} tokens</p><details><summary>the tokens as a table</summary>"
@@ -636,17 +647,19 @@ def rollouts_section(run: Run) -> str:
     note = "".join(absent(run.missing[k]) for k in ("models", "teacher") if k in run.missing)
     if not run.examples:
         return note or absent("No answers: the models were not asked (--records 0).")
-    out = [note, "<p>The first test records, answered greedily now. Each token is coloured by teacher "
-           "minus student log-prob of that token, in nats; the teacher reads the hint, the student "
+    out = [note, "<p>The first test records, answered greedily now. Each token is coloured by "
+           "teacher minus student log-prob of that token, in nats; the teacher reads the hint, the student "
            "does not. Point at a token or touch it for both.</p>", legend()]
     for example in run.examples:
         record = example.record
         out.append(
-            f'<article><h3>{escape(str(record["id"]))}: {escape(record["question"])}</h3><div class="asked">'
+            f'<article><h3>{escape(str(record["id"]))}: {escape(record["question"])}</h3>'
+            '<div class="asked">'
             + "".join(image_tag(tile, f"Picture {n + 1} of the question")
                       for n, tile in enumerate(example.tiles))
-            + f'<dl><dt>Answer</dt><dd>{escape(str(record["answer"]))}</dd><dt>Hint, for the teacher '
-            f'only</dt><dd>{escape(example.hint or "none")}</dd></dl></div><div class="both">'
+            + f'<dl><dt>Answer</dt><dd>{escape(str(record["answer"]))}</dd>'
+            '<dt>Hint, for the teacher only</dt>'
+            f'<dd>{escape(example.hint or "none")}</dd></dl></div><div class="both">'
             + answer_block("Before training", example.before)
             + answer_block("After training", example.after) + "</div></article>")
     return "".join(out)
@@ -654,7 +667,7 @@ def rollouts_section(run: Run) -> str:
 
 def attention_section(run: Run) -> str:
     if not run.args.get("cue_recovery", True):
-        return absent("This run has no recovery module (--no-cue-recovery), so there is nothing to see.")
+        return absent("This run has no recovery module (--no-cue-recovery): nothing to see.")
     shown = [e for e in run.examples[:8] if e.tiles and any(
         a is not None and a.maps for a in (e.before, e.after))]
     if not shown:
@@ -689,12 +702,13 @@ def map_rows(example: Example, n: int, tile: Image.Image) -> str:
             continue
         blocks = [(f"block at layer {layer + 1}", maps[n]) for layer, maps in answer.maps.items()]
         blocks.append(("mean of blocks", mean_maps(answer.maps)[n]))
-        figures = "".join(
-            "<figure>" + image_tag(overlay(tile, m, top), f"Sink attention {title} training, {name}: "
-                                   f"{peak(m)}") + f"<figcaption>{escape(name)}<br>{peak(m)}</figcaption></figure>"
-            for name, m in blocks)
-        out.append(f'<h4>{title.capitalize()} training</h4><div class="maps"><figure>'
-                   + image_tag(tile, "The picture") + f'<figcaption>the picture</figcaption></figure>{figures}</div>')
+        figures = [f'<figure>{image_tag(tile, "The picture")}<figcaption>the picture</figcaption>'
+                   "</figure>"]
+        for name, m in blocks:
+            alt = f"Sink attention {title} training, {name}: {peak(m)}"
+            figures.append(f"<figure>{image_tag(overlay(tile, m, top), alt)}<figcaption>{name}<br>"
+                           f"{peak(m)}</figcaption></figure>")
+        out.append(f'<h4>{title.capitalize()} training</h4><div class="maps">{"".join(figures)}</div>')
     return "".join(out)
 
 
@@ -707,9 +721,9 @@ def spread_table(examples: list[Example]) -> str:
     layers = sorted({layer for e in examples for a in (e.before, e.after) if a for layer in a.maps})
     tokens = [sum(m.numel() for m in next(iter(a.maps.values()))) for e in examples
               for a in (e.before or e.after,) if a.maps]
-    return table("Over how many visual tokens a block's attention is spread (exp of the entropy of the "
-                 f"maps above); evenly it would be {sum(tokens) / len(tokens):.1f}, the mean number of "
-                 "visual tokens.", ["block at", "before", "after"],
+    return table("Over how many visual tokens a block's attention is spread (exp of the entropy of "
+                 f"the maps above); evenly it would be {sum(tokens) / len(tokens):.1f}, the mean "
+                 "number of visual tokens.", ["block at", "before", "after"],
                  [[f"layer {layer + 1}", of("before", layer), of("after", layer)]
                   for layer in layers])
 
@@ -720,9 +734,9 @@ def settings_section(run: Run) -> str:
                    for name, value in run.args.items())
     return ("<p>The command, from the settings that are not the defaults:</p>"
             f"<pre>{escape(run.command)}</pre>"
-            f'<div class="scroll"><table class="settings"><caption>All settings ({escape(str(run.folder))}'
-            '/args.json).</caption><thead><tr><th scope="col">setting</th><th scope="col">value</th>'
-            f'<th scope="col">meaning</th></tr></thead><tbody>{rows}</tbody></table></div>')
+            '<div class="scroll"><table class="settings"><caption>All settings '
+            f'({escape(str(run.folder))}/args.json).</caption><thead><tr><th scope="col">setting</th>'
+            f'<th scope="col">value</th><th scope="col">meaning</th></tr></thead><tbody>{rows}</tbody></table></div>')
 
 
 def status(run: Run) -> str:
@@ -756,8 +770,8 @@ def page(run: Run) -> str:
 style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><style>{STYLE}{token_style()}</style></head>
-<body><header><h1>Run {name}</h1><p>{escape(status(run))}</p><nav aria-label="Sections"><ul>{links}</ul>
-</nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>
+<body><header><h1>Run {name}</h1><p>{escape(status(run))}</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>
 """
 
 
@@ -773,7 +787,8 @@ def token_style() -> str:
         return "".join(f".{letter}{n + 1}{{background:rgb{colour};border-bottom:2px {line}}}"
                        for letter, scale, line in (("p", more, "solid"), ("n", less, "dotted"))
                        for n, colour in enumerate(scale))
-    return rules(MORE, LESS) + "@media(prefers-color-scheme:dark){" + rules(DARK_MORE, DARK_LESS) + "}"
+    dark = rules(DARK_MORE, DARK_LESS)
+    return rules(MORE, LESS) + "@media(prefers-color-scheme:dark){" + dark + "}"
 
 
 STYLE = """
@@ -796,7 +811,8 @@ figure{margin:0}img{max-width:100%;height:auto;border:1px solid var(--line)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px}
 .chart{max-width:520px}.chart figcaption{font-weight:600;font-size:.92rem}
 svg{display:block;width:100%;height:auto;font-size:12px}svg text{fill:var(--ink)}
-svg .soft{fill:var(--soft);font-size:12px}svg .on{paint-order:stroke;stroke:var(--bg);stroke-width:4px}
+svg .soft{fill:var(--soft);font-size:12px}
+svg .on{paint-order:stroke;stroke:var(--bg);stroke-width:4px}
 .grid{stroke:var(--line);stroke-width:1}
 .line,.raw{fill:none;stroke-width:2}.raw{stroke-width:1;opacity:.4}
 .line.a,.raw.a{stroke:var(--a)}.line.b,.raw.b{stroke:var(--b)}.line.b{stroke-dasharray:6 3}
@@ -845,14 +861,13 @@ document.addEventListener('mouseover',show);document.addEventListener('click',sh
 
 def attention_picture(example: Example, n: int = 0) -> Image.Image:
     """Maps of one picture as an image: before above, after below, blocks beside each other."""
-    tile = example.tiles[n]
-    top = top_share(example, n)
-    rows = [(title, a) for title, a in (("before training", example.before),
-                                        ("after training", example.after)) if a is not None and a.maps]
+    tile, top = example.tiles[n], top_share(example, n)
+    both = (("before training", example.before), ("after training", example.after))
+    rows = [(title, a) for title, a in both if a is not None and a.maps]
     width = len(rows[0][1].maps) + 2
     gap, head, side = 20, 34, 150
-    out = Image.new("RGB", (side + width * (tile.width + gap), head + len(rows) * (tile.height + gap)),
-                    "white")
+    size = (side + width * (tile.width + gap), head + len(rows) * (tile.height + gap))
+    out = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=17)
     for y, (title, a) in enumerate(rows):
         top_y = head + y * (tile.height + gap)
@@ -886,12 +901,13 @@ def rollouts_picture(examples: list[Example], width: int = 1400) -> Image.Image:
                                         ("after training", example.after))):
             if a is not None:
                 x = 16 + n * (column + 28)
-                pen.text((x, y), f"{title}: {'right' if a.correct else 'wrong'}", (90, 90, 90), font)
+                verdict = "right" if a.correct else "wrong"
+                pen.text((x, y), f"{title}: {verdict}", (90, 90, 90), font)
                 ends.append(draw_tokens(pen, a, x, y + 34, column, font))
         y = max(ends) + 26
     x = 16
-    for text, gap in (("teacher minus student log-prob, nats:", 0), (" below -4 ", -5), (" below -0.5 ", -1),
-                      (" about 0 ", 0), (" above 0.5 ", 1), (" above 4 ", 5)):
+    for text, gap in (("teacher minus student log-prob, nats:", 0), (" below -4 ", -5),
+                      (" below -0.5 ", -1), (" about 0 ", 0), (" above 0.5 ", 1), (" above 4 ", 5)):
         x = draw_token(pen, text, gap, x, y, font) + 12
     return out.crop((0, 0, width, y + 44))
 
@@ -914,7 +930,7 @@ def draw_tokens(pen, answer: Answer, x: int, y: int, width: int, font) -> int:
 
 
 def draw_token(pen, text: str, gap: float, x: float, y: int, font) -> float:
-    """One token with its colour and underline (solid above zero, dotted below); returns the next x."""
+    """One token, coloured and underlined (solid above zero, dotted below); returns the next x."""
     end, n = x + pen.textlength(text, font), sum(abs(gap) >= edge for edge in LEVELS)
     if n:
         pen.rectangle((x, y, end - 1, y + 27), fill=(MORE if gap > 0 else LESS)[n - 1])
