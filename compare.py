@@ -1,8 +1,8 @@
 """compare.py - many runs as one table: which arm is better, by how much, and over how many seeds.
 
 The idea.  One run is one draw. Two arms (say, with and without the recovery module) differ for real
-only if they differ by more than two seeds of one arm do, so runs that differ in nothing but their seed
-make one row, and the interval of a row is over seeds.
+only if they differ by more than two seeds of one arm do, so runs that differ in nothing but their
+seed make one row, and the interval of a row is over seeds.
 
 In:  folders of runs (args.json, before.json, metrics.jsonl, result.json).
 Out: a table in Markdown, printed, and with --out NAME also in NAME.md and, for programs, NAME.csv.
@@ -13,11 +13,12 @@ The one equation (m seeds, mean x, standard deviation s, t of m - 1 degrees of f
 Run  python evaluate.py compare runs/a0 runs/a1 runs/b0 runs/b1 --out grid
 
 How to read it
-1) A student's interval is over seeds (Student's t) and one seed has none. The base and the teacher are
-   one model each, asked greedily: their interval is over questions (Wilson), marked q. The two answer
-   different questions and neither contains the other.
-2) "gain" is student - base, seed by seed. "module" is this arm - the same arm without the module, over
-   the seeds that both have: paired, since the two share data order and, at the start, the rollouts.
+1) A student's interval is over seeds (Student's t) and one seed has none. The base and the teacher
+   are one model each, asked greedily: their interval is over questions (Wilson), marked q. The two
+   answer different questions and neither contains the other.
+2) "gain over base" is student - base, seed by seed. "gain by the module" is this arm - the same arm
+   without the module, over the seeds that both have: paired, since the two share data order and, at
+   the start, the rollouts.
 3) Hint counts are sums over all seeds of the row: while training, and among the test answers.
 4) A run without result.json is listed as unfinished. Nothing is dropped without a word.
 
@@ -111,12 +112,12 @@ class Run:
         if name in MODULE[1:] and self.module == "off":
             return None                      # settings of a module that is not there
         value = self.module if name == "module" else self.args.get(name)
-        return re.sub(r"^.*/(?=data/(?:tiny-qwen3-vl$|toy/))", "", value) if isinstance(
+        return re.sub(r"^.*/(?=data/(?:tiny-[\w-]+$|toy/))", "", value) if isinstance(
             value, str) else value
 
 
 def load_run(folder, defaults: dict | None = None) -> Run:
-    """Raises FileNotFoundError or ValueError naming the file. defaults: of settings newer than it."""
+    """Raises OSError or ValueError naming the file. defaults: of settings newer than the run."""
     folder = Path(folder)
     if not (folder / "args.json").is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no args.json")
@@ -130,7 +131,7 @@ def load_run(folder, defaults: dict | None = None) -> Run:
                 break
     result = read_json(folder / "result.json", {})
     if result and "student_accuracy" not in result:
-        raise ValueError(f"{folder / 'result.json'}: no student_accuracy: is it the result of a run?")
+        raise ValueError(f"{folder / 'result.json'}: no student_accuracy: is it a run's result?")
     return Run(folder, args, read_json(folder / "before.json", {}), result, metrics)
 
 
@@ -164,6 +165,8 @@ def varying(runs: list[Run], names) -> list[str]:
 
 def compare(runs: list[Run]) -> tuple[list[dict], list[str]]:
     """Rows with the COLUMNS as keys (base, teacher, student, unfinished), and notes for people."""
+    if not runs:
+        raise ValueError("no run to compare")
     settings = sorted(set().union(*(run.args for run in runs)) - set(NOT_ARM))
     other = [n for n in varying(runs, settings) if n not in (*SHOWN, "cue_recovery", "sink")]
     notes, rows = [], []
@@ -212,8 +215,9 @@ def reference_rows(runs, kind, names, other, notes) -> list[dict]:
         run, s = found[0]
         seen = sorted({round(summary["accuracy"], 6) for _, summary in found})
         if len(seen) > 1:
-            notes.append(f"the {kind} of {run.folder} has {100 * seen[0]:.1f} to {100 * seen[-1]:.1f}"
-                         f" % in {len(found)} runs of the same settings; the first is shown")
+            notes.append(f"the {kind} of {run.folder} has {100 * seen[0]:.1f} to "
+                         f"{100 * seen[-1]:.1f} % in {len(found)} runs of the same settings; the "
+                         "first is shown")
         blank = SHOWN if kind == "base" else ("module", "train")
         rows.append(label(run, kind, [n for n in other if n in names])
                     | dict.fromkeys(blank, None) | {
@@ -251,15 +255,16 @@ def student_row(members: list[Run], plain: list[Run] | None) -> dict:
     by_module = [accuracy[run.args.get("seed")] - run.result["student_accuracy"]
                  for run in plain or () if run.args.get("seed") in accuracy]
     row = {"seeds": len(members), "interval_over": "seeds" if len(members) > 1 else None}
-    for name, values in (("accuracy", accuracy.values()), ("gain", gain), ("module_gain", by_module),
-                         ("grounded", each("student_grounded"))):
+    for name, values in (("accuracy", accuracy.values()), ("gain", gain),
+                         ("module_gain", by_module), ("grounded", each("student_grounded"))):
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), over_seeds(values)))
     steps = [m for run in members for m in run.metrics]
     return row | {
         "module_gain_seeds": len(by_module) if plain is not None else None,
         "train_hint_rows": total(m.get("hint_rows") for m in steps),
         "train_hint_count": total(m.get("hint_count") for m in steps),
-        "train_rollouts": total(len(run.metrics) * run.args.get("batch_size", 0) for run in members),
+        "train_rollouts": total(len(run.metrics) * run.args.get("batch_size", 0)
+                                for run in members),
         "test_hint_rows": total(run.result.get("student_hint_rows") for run in members),
         "test_hint_count": total(run.result.get("student_hint_count") for run in members),
         "test_answers": total(run.result.get("n") for run in members),
@@ -318,9 +323,9 @@ def markdown(rows: list[dict], notes: list[str]) -> str:
     columns = {name: show for name, show in columns.items()      # a column of dashes says nothing
                if name in ("", "accuracy % [95 %]") or any(show(row) != "-" for row in done)}
     text = grid([list(columns), *([show(row) for show in columns.values()] for row in done)])
-    text += ("\n\nStudents: mean over seeds, interval over seeds (Student's t); q: one model, interval "
-             "over questions (Wilson).\nHint: rows with the word / occurrences of all answers, summed "
-             "over seeds.\n")
+    text += ("\n\nStudents: mean over seeds, interval over seeds (Student's t); q: one model, "
+             "interval over questions (Wilson).\nHint: rows with the word / occurrences of all "
+             "answers, summed over seeds.\n")
     left = [row for row in rows if row["kind"] == "unfinished"]
     if left:
         text += "\nUnfinished, so not in the table:\n\n" + grid(
@@ -355,8 +360,11 @@ def main(argv=None, defaults: dict | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", default="", metavar="NAME", help="also write NAME.md and NAME.csv")
     args = parser.parse_args(argv)
-    folders = list({Path(run).resolve(): run for run in args.runs}.values())   # each folder once
-    rows, notes = compare([load_run(folder, defaults) for folder in folders])
+    found = list({Path(run).resolve(): run for run in args.runs}.values())     # each folder once
+    files = [name for name in found if Path(name).is_file()]     # logs, say, that runs/* takes in
+    rows, notes = compare([load_run(name, defaults) for name in found if name not in files])
+    if files:
+        notes.append(f"{len(files)} files left out, such as {files[0]}: a run is a folder")
     text = markdown(rows, notes)
     print(text, end="")
     if args.out:

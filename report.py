@@ -2,8 +2,8 @@
 
 The idea.  A table says that a student got better; it does not say how. Two pictures do. Every token
 of an answer is coloured by what the teacher thinks of it, and the picture is covered with what the
-sink token asks it for, both before training and after. The page is one file: no network, no library,
-nothing to install to read it, and it can be mailed.
+sink token asks it for, both before training and after. The page is one file: no network, no
+library, nothing to install to read it, and it can be mailed.
 
 In:  the folder of a run, finished, killed or still running; its models, if they can be loaded.
 Out: an HTML file; with --pictures also attention.png and rollouts.png for a README.
@@ -541,8 +541,8 @@ def result_section(run: Run) -> str:
     late = "" if "student" in models else absent(
         "No student yet: result.json is written at the end.")
     return f'<div class="cards">{cards}</div>{gain}{late}{forest(models)}' + table(
-        "Test answers, greedy. In brackets: 95 % intervals over questions (Wilson). Grounded: right, "
-        "with evidence stated, all of it really in the picture.", ["model", *columns],
+        "Test answers, greedy. In brackets: 95 % intervals over questions (Wilson). Grounded: "
+        "right, with evidence stated, all of it really in the picture.", ["model", *columns],
         [[name, *(f(s) for f in columns.values())] for name, s in models.items()])
 
 
@@ -571,8 +571,9 @@ def curves_section(run: Run) -> str:
     few = "" if seen else absent("No evaluations during training (--eval-every 0, or not reached): "
                                  "the accuracy has its ends only.")
     return ('<p>Thin: every step. Thick: running mean.</p>'
-            f'<div class="charts">{"".join(charts)}</div>{few}' + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
-                              [[x, share(y)] for x, y in line]) if line else ""))
+            f'<div class="charts">{"".join(charts)}</div>{few}'
+            + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
+                     [[x, share(y)] for x, y in line]) if line else ""))
 
 
 def hints_section(run: Run) -> str:
@@ -589,8 +590,8 @@ def hints_section(run: Run) -> str:
               f"{e['first']} - {e['last']}", e["rollouts"], e["rows"], e["count"]] for e in rows]
     if len(rows) > 1:
         cells.append(["sum", "", *(sum(e[k] for e in rows) for k in ("rollouts", "rows", "count"))])
-    caption = ("Rollouts with the word \u201chint\u201d, and how often it stands there (table 8 of the "
-               "paper).")
+    caption = ("Rollouts with the word \u201chint\u201d, and how often it stands there (table 8 of "
+               "the paper).")
     if not note:
         caption += f" An epoch is {records} records / {size} a step = {records / size:.1f} steps."
     return note + table(caption, ["epoch", "steps", "rollouts", "rows", "occurrences"], cells)
@@ -648,8 +649,8 @@ def rollouts_section(run: Run) -> str:
     if not run.examples:
         return note or absent("No answers: the models were not asked (--records 0).")
     out = [note, "<p>The first test records, answered greedily now. Each token is coloured by "
-           "teacher minus student log-prob of that token, in nats; the teacher reads the hint, the student "
-           "does not. Point at a token or touch it for both.</p>", legend()]
+           "teacher minus student log-prob of that token, in nats; the teacher reads the hint, the "
+           "student does not. Point at a token or touch it for both.</p>", legend()]
     for example in run.examples:
         record = example.record
         out.append(
@@ -673,7 +674,7 @@ def attention_section(run: Run) -> str:
     if not shown:
         return absent(run.missing.get("models") or "No maps: the module was not run on a picture.")
     out = ["<p>What the sink token asks the picture for while the prompt is read: the share of its "
-           "attention on each visual token, mean over the heads of a block. Darker is more, the same "
+           "attention on each visual token, mean over the heads of a block. Darker is more, on one "
            "scale for all maps of a picture; framed: the strongest. Before training the maps are "
            "those of random weights, and nothing of them reaches the student."
            + (" The sink stands before the question, so a map depends on the picture alone."
@@ -708,7 +709,8 @@ def map_rows(example: Example, n: int, tile: Image.Image) -> str:
             alt = f"Sink attention {title} training, {name}: {peak(m)}"
             figures.append(f"<figure>{image_tag(overlay(tile, m, top), alt)}<figcaption>{name}<br>"
                            f"{peak(m)}</figcaption></figure>")
-        out.append(f'<h4>{title.capitalize()} training</h4><div class="maps">{"".join(figures)}</div>')
+        out.append(f'<h4>{title.capitalize()} training</h4>'
+                   f'<div class="maps">{"".join(figures)}</div>')
     return "".join(out)
 
 
@@ -735,8 +737,9 @@ def settings_section(run: Run) -> str:
     return ("<p>The command, from the settings that are not the defaults:</p>"
             f"<pre>{escape(run.command)}</pre>"
             '<div class="scroll"><table class="settings"><caption>All settings '
-            f'({escape(str(run.folder))}/args.json).</caption><thead><tr><th scope="col">setting</th>'
-            f'<th scope="col">value</th><th scope="col">meaning</th></tr></thead><tbody>{rows}</tbody></table></div>')
+            f'({escape(str(run.folder))}/args.json).</caption><thead><tr><th scope="col">setting'
+            '</th><th scope="col">value</th><th scope="col">meaning</th></tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>")
 
 
 def status(run: Run) -> str:
@@ -771,7 +774,9 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><style>{STYLE}{token_style()}</style></head>
 <body><header><h1>Run {name}</h1><p>{escape(status(run))}</p>
-<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main><script>{SCRIPT}</script></body></html>
+<nav aria-label="Sections"><ul>{links}</ul></nav></header>
+<main>{body}</main>
+<script>{SCRIPT}</script></body></html>
 """
 
 

@@ -173,9 +173,12 @@ def test_the_command_writes_the_same_table_twice(tmp_path, capsys):
     for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
         make_run(tmp_path, f"s{seed}", accuracy, seed=seed)
     folders = [str(tmp_path / f"s{seed}") for seed in (0, 1, 2, 0)]          # one of them twice
-    evaluate.main(["compare", *folders, "--out", str(tmp_path / "out" / "grid.md")])
+    (tmp_path / "s0.log").touch()                                            # as runs/* takes it in
+    evaluate.main(["compare", *folders, str(tmp_path / "s0.log"),
+                   "--out", str(tmp_path / "out" / "grid.md")])
     printed, text = capsys.readouterr().out, (tmp_path / "out" / "grid.md").read_text()
     assert printed.startswith(text) and "80.0 [55.2, 104.8]" in text
+    assert "Note: 1 files left out" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     with open(tmp_path / "out" / "grid.csv", newline="") as file:
