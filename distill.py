@@ -485,7 +485,9 @@ def finish(student, processor, test, config, folder, before, started) -> None:
               for key, value in summary.items() if key != "n"}
     result |= {"n": after["n"], "seconds": round(time.time() - started, 1),
                "hint_rows": sum(m["hint_rows"] for m in metrics),
-               "rollouts": config.batch_size * config.samples_per_prompt * len(metrics)}
+               "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
+               "parameters_added": sum(p.numel() for name, p in student.named_parameters()
+                                       if name.startswith("cue_recovery."))}
     checkpoint.write_json(folder / "result.json", result)
     print(evaluate.before_after(before["rows"], rows))
     print(evaluate.table(models))

@@ -13,6 +13,8 @@ Run
     python evaluate.py --model runs/NAME/checkpoint                      on the toy world's test records
     python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
+    python evaluate.py report runs/NAME --out report.html                a run as one page (report.py)
+    python evaluate.py compare runs/A runs/B --out grid                  runs as one table (compare.py)
 
 Grading lives in grade.py. On records that list their "objects" (the toy world) an answer is also
 *grounded* if it is right, states evidence, and every object it states is really in the picture.
@@ -24,6 +26,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +34,9 @@ from tqdm import tqdm
 
 import benchmarks
 import checkpoint
+import compare
 import metrics
+import report
 import teacher as teaching
 from data import records as record_files, toy
 from grade import Grade, grade
@@ -194,11 +199,12 @@ def summarise(rows: list[dict]) -> dict:
     """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""
     n = len(rows)
     right = sum(row["correct"] for row in rows)
+    hints = [count_hints(row["response"]) for row in rows]
     out = {"n": n, "accuracy": right / n, "interval": interval(right, n),
            "unparsed": sum(row["extracted"] is None for row in rows) / n,
            "cut_off": sum(not row["stopped"] for row in rows) / n,
            "length": sum(row["length"] for row in rows) / n,
-           "hint_rows": sum(count_hints(row["response"]) > 0 for row in rows)}
+           "hint_rows": sum(count > 0 for count in hints), "hint_count": sum(hints)}
     if all("grounded" in row for row in rows):
         grounded = sum(row["grounded"] for row in rows)
         out |= {"grounded": grounded / n, "grounded_interval": interval(grounded, n)}
@@ -246,7 +252,12 @@ def before_after(before: list[dict], after: list[dict]) -> str:
 
 
 def main(argv=None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["report"], ["compare"]):
+        return look(*argv)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     epilog="Two more commands: report RUN, and compare RUN ...; "
+                                     "each has its own --help.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--data", default="", help="records, JSONL (default: the test records of the "
@@ -286,6 +297,19 @@ def main(argv=None) -> None:
             main_benchmark(args)
         else:
             main_records(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"evaluate.py: {error}")
+
+
+def look(command: str, *argv: str) -> None:
+    """`report` and `compare`: finished runs, for people."""
+    from dataclasses import asdict
+    from distill import Config           # here: distill.py imports this file
+    try:
+        if command == "report":
+            report.main(argv)
+        else:
+            compare.main(argv, defaults=asdict(Config()))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}")
 

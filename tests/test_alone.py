@@ -9,7 +9,7 @@ from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
           "checkpoint.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
-          "data/records.py", "data/toy.py"]
+          "report.py", "compare.py", "data/records.py", "data/toy.py"]
 
 
 def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):
@@ -32,7 +32,8 @@ def test_rollout_needs_torch_only():
     assert imported <= {"__future__", "inspect", "dataclasses", "torch"}
 
 
-PARTS = {"distill.py": [], "probe.py": [], "evaluate.py": [], "teacher.py": ["write-cues", "audit"],
+PARTS = {"distill.py": [], "probe.py": [], "evaluate.py": ["report", "compare"],
+         "teacher.py": ["write-cues", "audit"],
          "data/toy.py": [], "data/make_tiny.py": [],
          "data/prepare.py": ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]}
 

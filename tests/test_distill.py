@@ -276,7 +276,10 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
     printed, folder = capsys.readouterr().out, tmp_path / "runs" / "a"
     result = json.loads((folder / "result.json").read_text())
     assert {"base_accuracy", "teacher_accuracy", "student_accuracy", "student_interval", "n",
-            "seconds", "student_grounded"} <= result.keys() and result["n"] == 8
+            "seconds", "student_grounded", "student_hint_count"} <= result.keys() and result["n"] == 8
+    cue = cue_recovery.read_settings(folder / "checkpoint" / qwen.CUE_FILE)
+    blocks, size = len(cue["layers"]), cue["hidden"]
+    assert result["parameters_added"] == blocks * (4 * size**2 + 2 * size)    # and two RMSNorm gains
     metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3] and "accuracy" in metrics[1]
     assert {"loss", "gap_front", "gap_back", "entropy", "length", "cut_off", "hint_rows", "hint_count",
