@@ -264,7 +264,7 @@ def student_row(members: list[Run], plain: list[Run] | None) -> dict:
         "train_hint_rows": total(m.get("hint_rows") for m in steps),
         "train_hint_count": total(m.get("hint_count") for m in steps),
         "train_rollouts": total(len(run.metrics) * run.args.get("batch_size", 0)
-                                for run in members),
+                                * run.args.get("samples_per_prompt", 1) for run in members),
         "test_hint_rows": total(run.result.get("student_hint_rows") for run in members),
         "test_hint_count": total(run.result.get("student_hint_count") for run in members),
         "test_answers": total(run.result.get("n") for run in members),

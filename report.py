@@ -149,8 +149,8 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
     return shlex.join(words), {f.name: f.metadata["help"] for f in fields(Config)}
 
 
-def epochs(metrics: list[dict], records: int, batch_size: int) -> list[dict]:
-    """Hint counts by epoch. A step belongs to the epoch of its first prompt.
+def epochs(metrics: list[dict], records: int, batch_size: int, samples: int = 1) -> list[dict]:
+    """Hint counts by epoch, of `samples` answers a prompt. A step belongs to its first prompt's epoch.
 
     >>> epochs([{"step": s, "hint_rows": 1, "hint_count": 2} for s in (1, 2, 3)], 8, 4)
     [{'epoch': 1, 'first': 1, 'last': 2, 'rollouts': 8, 'rows': 2, 'count': 4, 'whole': True}, \
@@ -164,7 +164,7 @@ def epochs(metrics: list[dict], records: int, batch_size: int) -> list[dict]:
                         "rows": 0, "count": 0, "whole": False})
         now = out[-1]
         now["last"] = m["step"]
-        now["rollouts"] += batch_size
+        now["rollouts"] += batch_size * samples
         now["rows"] += m.get("hint_rows", 0)
         now["count"] += m.get("hint_count", 0)
         now["whole"] = m["step"] * batch_size >= epoch * records
@@ -585,7 +585,7 @@ def hints_section(run: Run) -> str:
         note = absent(f"Not by epoch: {run.args.get('data') or 'the training records'} cannot be "
                       "read, so the length of an epoch is not known.")
         records, size = 10 ** 12, size or 1
-    rows = epochs(run.metrics, records, size)
+    rows = epochs(run.metrics, records, size, run.args.get("samples_per_prompt", 1))
     cells = [[("all" if note else e["epoch"]) if e["whole"] or note else f"{e['epoch']} (part)",
               f"{e['first']} - {e['last']}", e["rollouts"], e["rows"], e["count"]] for e in rows]
     if len(rows) > 1:
