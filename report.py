@@ -675,8 +675,8 @@ def attention_section(run: Run) -> str:
         return absent(run.missing.get("models") or "No maps: the module was not run on a picture.")
     out = ["<p>What the sink token asks the picture for while the prompt is read: the share of its "
            "attention on each visual token, mean over the heads of a block. Darker is more, on one "
-           "scale for all maps of a picture; framed: the strongest. Before training the maps are "
-           "those of random weights, and nothing of them reaches the student."
+           "scale for all maps of a picture; framed: the strongest. Before training a new module's "
+           "maps are those of random weights, and nothing of them reaches the student."
            + (" The sink stands before the question, so a map depends on the picture alone."
               if run.args.get("sink", "first") == "first" else "") + "</p>"]
     for example in shown:

@@ -347,6 +347,20 @@ def test_a_folder_with_settings_only_is_a_page(tmp_path):
     assert text.count('class="missing"') >= 4 and "no.jsonl" in run.missing["models"]
 
 
+def test_an_averaged_teacher_is_the_saved_one(finished, tiny, tmp_path):
+    """--teacher ema: the teacher that scored last is in the state, not the one of the start."""
+    teacher = teaching.frozen_copy(tiny[0])
+    saved = {f"teacher/{n}": p + 1 for n, p in teacher.named_parameters()}
+    run = copy.copy(report.read_run(finished))
+    run.missing = {}
+    report.load_averaged(teacher, run)
+    assert "no saved state" in run.missing["teacher"]
+    run.folder, before = tmp_path, teacher.lm_head.weight.clone()
+    checkpoint.save_state(tmp_path / "state", 3, saved)
+    report.load_averaged(teacher, run)
+    assert torch.equal(teacher.lm_head.weight, before + 1)
+
+
 def test_a_run_without_the_module_has_no_maps(asked):
     run = copy.copy(asked)
     run.args = asked.args | {"cue_recovery": False}
