@@ -216,10 +216,14 @@ class CueRecovery(nn.Module):
             del model.cue_recovery
         self.owner.clear()
 
-    def save(self, path) -> None:
-        """Write the weights, with the settings in the file's metadata, as safetensors."""
+    def save(self, path, weights: dict | None = None) -> None:
+        """Write the weights, with the settings in the file's metadata, as safetensors.
+
+        weights: to be written instead of the module's own, as of a module cut over several GPUs.
+        """
         from safetensors.torch import save_file
-        weights = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
+        weights = self.state_dict() if weights is None else weights
+        weights = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
         save_file(weights, str(path), metadata={"cue_recovery": json.dumps(self.settings())})
 
     def load(self, path) -> None:

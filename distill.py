@@ -49,6 +49,7 @@ import checkpoint
 import cue_recovery
 import evaluate
 import model as qwen
+import sharding
 import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
@@ -158,52 +159,63 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
                   optimizer: Optimizer) -> tuple[dict, list[str]]:
     """The algorithm. Returns the step's metrics and an answer to each record as text."""
     # 1) prompts: what the student sees, and the same with the privilege in it
-    prompts = [processor.prompt(r) for r in records]
+    mine = sharding.share(records)        # all of them, unless several processes share the step
+    prompts = [processor.prompt(r) for r in mine]
     hinted = [processor.prompt(r, teaching.hint(r, config.privilege), seen=prompt)
-              for r, prompt in zip(records, prompts)]
+              for r, prompt in zip(mine, prompts)]
     # 2) rollout: the student answers (eq. 6: y ~ p_theta)
     clock = Clock()
-    rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
-    clock.lap("sample", int(rollout.lengths.sum()))
+    with sharding.gathered(student):
+        rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
+    tokens = sharding.total(int(rollout.lengths.sum()))
+    clock.lap("sample", tokens)
     # from here on a prompt stands once for each of its responses
     K = config.samples_per_prompt
     prompts, hinted = ([p for p in views for _ in range(K)] for views in (prompts, hinted))
     # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
     total = Totals()
     student.train()
-    for rows in micro_batches(prompts, hinted, rollout, config.micro_batch_tokens):
+    groups = micro_batches(prompts, hinted, rollout, config.micro_batch_tokens)
+    for rows, blanks in sharding.in_step(groups, prompts, processor):
         lengths = rollout.lengths[rows]
-        ids, mask = (x[rows, :int(lengths.max())] for x in (rollout.ids, rollout.mask))  # (B, T)
+        longest = max(lengths.tolist(), default=1)
+        ids, mask = (x[rows, :longest] for x in (rollout.ids, rollout.mask))             # (B, T)
         with torch.no_grad():
-            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, mask)
-        said_by_student = response_states(student, processor, prompts, rows, ids, mask)
+            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, mask, blanks)
+        said_by_student = response_states(student, processor, prompts, rows, ids, mask, blanks)
         # per-sequence mean, then mean over the responses of a prompt and over the prompts: over all
         # responses of the step alike, since each prompt has K; however it is cut (eq. 7)
-        weights = (1 / (len(prompts) * lengths)).repeat_interleave(lengths)              # (N,)
+        weights = (1 / (len(records) * K * lengths)).repeat_interleave(lengths)          # (N,)
         stats = {}
         nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
                             teacher.lm_head.weight, config.loss, weights=weights,
                             tokens=ids[mask], stats=stats)
         (nats * weights).sum().backward()
-        total.add(nats.detach(), weights, lengths, stats)
+        if rows:
+            total.add(nats.detach(), weights, lengths, stats)
+    sharding.release(teacher)
     # 4) update
     norm = optimizer.step(step)
     if config.teacher == "ema" and math.isfinite(norm):
         teaching.update_ema(teacher, student, config.ema_decay)
-    clock.lap("score", int(rollout.lengths.sum()))
+    clock.lap("score", tokens)
     answers = [processor.decode(ids[:n]) for ids, n in zip(rollout.ids, rollout.lengths)]
     return {"step": step + 1, **total.metrics(), **describe(rollout, answers),
             # null, since JSON has no NaN
             "gradient_norm": norm if math.isfinite(norm) else None,
-            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, answers[::K]
+            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, sharding.collect(answers[::K])
 
 
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     """Sample K responses to every prompt, about `sample_batch` rows at a time; a Rollout for all."""
     # drawn for the whole step at once, so that a token does not depend on how the step is cut
-    K = config.samples_per_prompt
-    uniforms = torch.rand(len(prompts) * K, config.max_new_tokens, dtype=torch.float64,
+    K, count = config.samples_per_prompt, sharding.total(len(prompts))
+    uniforms = torch.rand(count * K, config.max_new_tokens, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(seed))
+    uniforms = sharding.share(uniforms.view(count, K, -1)).flatten(0, 1)
+    if not prompts:                          # more processes than prompts
+        none = torch.zeros(0, 1, device=student.device)
+        return Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
     parts, size = [], max(1, config.sample_batch // K)        # the rows of a prompt stay together
     for start in range(0, len(prompts), size):
         batch = processor.batch(prompts[start:start + size], device=student.device)
@@ -219,16 +231,18 @@ def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
                    torch.cat([pad(p.logprobs, (0, T - p.logprobs.shape[1])) for p in parts]))
 
 
-def response_states(model, processor, prompts, rows, ids, mask) -> torch.Tensor:
+def response_states(model, processor, prompts, rows, ids, mask, blanks=()) -> torch.Tensor:
     """(N, D) last hidden states from which each response token of `rows` is predicted.
 
     ids, mask (B, T): the responses of these rows, and where there are tokens in them.
+    blanks: prompts to be read along, without a response (sharding.in_step).
     """
-    batch = processor.batch([prompts[row] for row in rows], device=model.device)
+    batch = processor.batch([*(prompts[row] for row in rows), *blanks], device=model.device)
+    ids, mask = (torch.cat([x, x.new_zeros(len(blanks), x.shape[1])]) for x in (ids, mask))
     both = append_response(batch, ids, mask.sum(dim=1))
     cue = getattr(model, "cue_recovery", None)
     with cue.prompt(batch["input_ids"].shape[1]) if cue else nullcontext():
-        hidden = model.model(**both, use_cache=False).last_hidden_state                  # (B, L + T, D)
+        hidden = sharding.last_hidden_state(model, **both, use_cache=False)              # (B, L + T, D)
     # the state at column t predicts the token at t + 1, so the response is read one column early
     return hidden[:, -ids.shape[1] - 1:-1][mask]
 
@@ -285,15 +299,16 @@ class Totals:
             self.gaps[name][1] += int(half.sum())
 
     def metrics(self) -> dict:
-        gaps = {f"gap_{name}": total / max(1, n) for name, (total, n) in self.gaps.items()}
-        return {"loss": self.loss, "entropy": self.entropy, **gaps}
+        gaps = {f"gap_{name}": sharding.total(total) / max(1, sharding.total(n))
+                for name, (total, n) in self.gaps.items()}
+        return {"loss": sharding.total(self.loss), "entropy": sharding.total(self.entropy), **gaps}
 
 
 def describe(rollout: Rollout, answers: list[str]) -> dict:
-    """Length, share cut off, and the word "hint" in the answers."""
-    hints = [evaluate.count_hints(answer) for answer in answers]
-    return {"length": float(rollout.lengths.float().mean()),
-            "cut_off": float((~rollout.stopped).float().mean()),
+    """Length, share cut off, and the word "hint" in the answers (those of all processes)."""
+    hints = sharding.collect([evaluate.count_hints(answer) for answer in answers])
+    lengths, stopped = sharding.collect(rollout.lengths), sharding.collect(rollout.stopped)
+    return {"length": float(lengths.float().mean()), "cut_off": float((~stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
 
 
@@ -343,6 +358,7 @@ def build_models(config: Config):
     budget = dict(min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None)
     options = dict(dtype=config.dtype or None, device=config.device or None,
                    attention=config.attention, **budget)
+    options = sharding.load_options(options)
     student, processor = qwen.load(config.student, **options)
     if config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
@@ -364,6 +380,8 @@ def build_models(config: Config):
     if config.gradient_checkpointing:
         # renamed in transformers 5.24, the old name warns
         getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+    for model in (student, teacher):         # last: by now every hook is registered
+        sharding.shard(model)
     return student, teacher, processor
 
 
@@ -381,16 +399,21 @@ def print_settings(config: Config, student, teacher, weights) -> None:
 
 
 def evaluate_on(model, processor, test, config, privilege="none", label="") -> tuple[list, dict]:
-    rows = evaluate.evaluate(model, processor, test, hint=lambda r: teaching.hint(r, privilege),
-                             max_new_tokens=config.max_new_tokens, label=label)
+    with sharding.gathered(model):
+        rows = evaluate.evaluate(model, processor, sharding.share(test),
+                                 hint=lambda r: teaching.hint(r, privilege),
+                                 max_new_tokens=config.max_new_tokens,
+                                 label=label if sharding.is_main() else "")
+    rows = sharding.collect(rows)
     return rows, evaluate.summarise(rows)
 
 
 def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
     path = folder / "before.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    before = sharding.from_main(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    if before:
+        return before
     rows, base = evaluate_on(student, processor, test, config, label="base, no hint")
     print("base     " + evaluate.line(base))
     _, taught = evaluate_on(teacher, processor, test, config, config.privilege, "teacher, hinted")
@@ -399,7 +422,8 @@ def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
               "little to learn. Look at the hints, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
-    checkpoint.write_json(path, before)
+    if sharding.is_main():
+        checkpoint.write_json(path, before)
     return before
 
 
@@ -407,7 +431,7 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
     """Steps start .. config.steps - 1, each logged as a line of metrics.jsonl."""
     stop, skipped = StopSignal(), 0
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distil",
-               dynamic_ncols=True)
+               dynamic_ncols=True, disable=not sharding.is_main())
     for step in bar:
         records = batch_of(train, step, config.batch_size, config.seed)
         metrics, answers = training_step(student, teacher, processor, records, config, step, optimizer)
@@ -422,18 +446,27 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
             _, now = evaluate_on(student, processor, test, config)
             metrics["accuracy"] = now["accuracy"]
             tqdm.write(f"step {done:4}  {evaluate.line(now)}")
-            keep_samples(folder, done, records, answers, config.privilege)
-        checkpoint.append_jsonl(folder / "metrics.jsonl", metrics)
-        if stop.asked or done % config.save_every == 0 or done == config.steps:
-            checkpoint.save_state(folder / "state", done, state_tensors(optimizer, teacher, config))
-        if stop.asked:
+            if sharding.is_main():
+                keep_samples(folder, done, records, answers, config.privilege)
+        if sharding.is_main():
+            checkpoint.append_jsonl(folder / "metrics.jsonl", metrics)
+        asked = any(sharding.gather(stop.asked))     # a signal may reach one process a step earlier
+        if asked or done % config.save_every == 0 or done == config.steps:
+            tensors = sharding.whole(state_tensors(optimizer, teacher, config))
+            if sharding.is_main():
+                checkpoint.save_state(folder / "state", done, tensors)
+        if asked:
             bar.close()
+            sharding.barrier()                       # torchrun ends all as soon as one has left
             print(f"stopped after step {done}; go on with\n  python distill.py --resume {folder}")
             raise SystemExit(130)
 
 
 class StopSignal:
-    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step; a second one at once."""
+    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step; a second one at once.
+
+    Not at once with several processes: torchrun passes on what the terminal has sent already.
+    """
 
     def __init__(self):
         self.asked = False
@@ -441,7 +474,7 @@ class StopSignal:
             signal.signal(number, self)
 
     def __call__(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if sharding.world == 1 else signal.SIG_IGN)
         self.asked = True
         tqdm.write("stopping after this step")
 
@@ -456,14 +489,16 @@ def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
 
 def resume_run(folder: Path, optimizer, teacher, config) -> int:
     """Load the saved state; returns the number of finished steps."""
-    done, tensors = checkpoint.load_state(folder / "state")
+    done, tensors = checkpoint.load_state(folder / "state") if sharding.is_main() else (0, {})
+    done, tensors = sharding.from_main(done), sharding.cut(tensors)
     optimizer.load_tensors(tensors)
     if config.teacher == "ema":
         with torch.no_grad():
             for name, parameter in teacher.named_parameters():
                 parameter.copy_(tensors[f"teacher/{name}"])
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        checkpoint.forget_after(folder / name, done)
+        if sharding.is_main():
+            checkpoint.forget_after(folder / name, done)
     print(f"resuming {folder} after step {done}")
     return done
 
@@ -478,7 +513,10 @@ def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> N
 def finish(student, processor, test, config, folder, before, started) -> None:
     """Last evaluation, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, label="student, no hint")
-    qwen.save(student, processor, folder / "checkpoint")
+    weights = sharding.weights(student)
+    if not sharding.is_main():
+        return
+    qwen.save(student, processor, folder / "checkpoint", weights)
     metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
     result = {f"{name}_{key}": value for name, summary in models.items()
@@ -496,25 +534,30 @@ def finish(student, processor, test, config, folder, before, started) -> None:
           f"  python evaluate.py --model {folder / 'checkpoint'}")
 
 
+@sharding.peers()
 def main(argv=None) -> None:
     config, resume = read_config(argv)
     qwen.quiet()
     started = time.time()
-    folder = resume or Path("runs") / config.name
     try:
+        sharding.start(config.device)
+        config = sharding.from_main(config)          # its name may be the time, which differs
+        folder = resume or Path("runs") / config.name
         if not resume and (folder / "args.json").exists():
             raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
                                   f"--resume {folder}")
         student, teacher, processor = build_models(config)
-        train, test = prepare_data(config, processor)
+        with sharding.main_first():
+            train, test = prepare_data(config, processor)
         weights = choose_weights(student, config.train)
         optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
                               steps=config.steps, final=config.final_lr, clip=config.clip,
                               weight_decay=config.weight_decay)
         print_settings(config, student, teacher, weights)
         start = resume_run(folder, optimizer, teacher, config) if resume else 0
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "args.json", asdict(config))
+        if sharding.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(folder / "args.json", asdict(config))
     except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
         raise SystemExit(f"distill.py: {error}")
     before = evaluate_before(student, teacher, processor, test, config, folder)

@@ -390,7 +390,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     one, else cpu. If the folder holds cue_recovery.safetensors the module is attached (`cue=False`
     leaves it out, as every teacher needs). Raises for another architecture or a partial checkpoint.
     """
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
     folder = find_folder(path)
     kind = _read_json(folder / "config.json").get("model_type")
     if kind != "qwen3_vl":
@@ -401,9 +401,16 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-        local_files_only=True)
+    if device.type == "meta":       # shapes without numbers, which another process will send
+        with device:
+            config = AutoConfig.from_pretrained(folder)
+            model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype,
+                                                                 attn_implementation=attention)
+        info = {"missing_keys": []}
+    else:
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
+            local_files_only=True)
     if info["missing_keys"]:
         # transformers fills what is missing with random numbers and only warns
         missing = sorted(info["missing_keys"])
@@ -425,17 +432,19 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def save(model, processor: Processor, folder) -> None:
+def save(model, processor: Processor, folder, weights: dict | None = None) -> None:
     """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
 
+    weights: a state dict to be written instead of the model's own, as of a model cut over several GPUs.
     The folder appears under its name only when whole: a crash leaves FOLDER.tmp, never half of it.
     """
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     cue = getattr(model, "cue_recovery", None)
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("cue_recovery.")}
-    model.save_pretrained(temporary, state_dict=weights)
+    weights = model.state_dict() if weights is None else weights
+    own = {k: v for k, v in weights.items() if not k.startswith("cue_recovery.")}
+    model.save_pretrained(temporary, state_dict=own)
     for name in PROCESSOR_FILES:
         if (processor.folder / name).exists():
             shutil.copyfile(processor.folder / name, temporary / name)
@@ -448,7 +457,8 @@ def save(model, processor: Processor, folder) -> None:
             pictures.pop(old_name, None)
         (temporary / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
     if cue is not None:
-        cue.save(temporary / CUE_FILE)
+        cue.save(temporary / CUE_FILE, {k.removeprefix("cue_recovery."): v
+                                        for k, v in weights.items() if k not in own})
     # FOLDER.old goes only now: after a crash between the two renames it may be the last whole one
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -52,7 +52,9 @@ class Optimizer:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.clip))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        # of sharded weights (DTensors) it is still to be summed over the ranks
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):
             scale = min(1.0, (step + 1) / max(1, self.warmup))
             scale *= 1 - (1 - self.final) * step / max(1, self.steps)

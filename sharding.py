@@ -1,0 +1,321 @@
+"""sharding.py - several processes, one student: each rank holds a slice of every weight (FSDP2).
+
+The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards: rank r
+takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer moment; a
+layer is put together (all-gather) just before it runs and dropped after, and its gradients are added up
+over the ranks and cut again (reduce-scatter). That is torch's own fully_shard; this file is what
+on-policy distillation needs around it.
+
+    rank 0   rows 0 2 4 --sample alone--> score, micro-batch by micro-batch --.
+                                                |  all-gather, reduce-scatter  >-- sum --> 1/N of the update
+    rank 1   rows 1 3   --sample alone--> score, the same number of them -----'
+
+In:  the environment that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK).  Out: a handful of functions.
+Without WORLD_SIZE, or with 1, every one of them is the identity: nothing is imported, started or sent.
+
+The one equation.  With R_r the rows of rank r, and B all rows of the step wherever they are:
+    gradient = sum_r  sum_{i in R_r}  (1/B) gradient_i        a sum over ranks, not FSDP's mean
+
+Run
+    torchrun --nproc-per-node 8 distill.py --student Qwen/Qwen3-VL-8B-Instruct ...
+
+What would bite
+1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in how
+   many micro-batches they have, and in whether one has a picture in it, which decides if the vision
+   tower runs. in_step() evens both out with rows of no response token: no loss, a gradient of zero.
+2) Sampling would gather every layer once a token, and ranks stop at different times. gathered() puts
+   the model together once; until its end no rank waits for another.
+3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which stays
+   whole from last_hidden_state() until the backward pass is through; a teacher, which has none, is released().
+4) A hook that uses weights of its own layer must be registered before fully_shard; and those weights may
+   not be in that layer's group. cue_recovery's are in the root's.
+5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is stuck in
+   NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
+Left out: tensor and pipeline parallelism, offloading to CPU memory, a batch larger than one sequence a
+GPU can hold; sampling keeps a whole copy of the student on every GPU.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+
+rank, world = 0, 1          # set by start(); world 1 is a run without any of this
+device = mesh = None        # of this rank; over all ranks
+PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data while the others wait
+
+
+# ---------------------------------------------------------------------------- processes
+
+def start(kind: str = "") -> None:
+    """Join the other processes, if torchrun started several. kind: "cuda" or "cpu", "" to find out."""
+    global rank, world, device, mesh
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(sorted(missing))} "
+                         "are not set: start several processes with torchrun")
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"--device {kind}: several processes run on cuda or cpu, one device each")
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"process {local} of this machine has no GPU, there are "
+                         f"{torch.cuda.device_count()}: lower --nproc-per-node")
+    device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    # gloo beside NCCL: small Python values travel over it, and it notices at once that a peer is gone
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                         timeout=PATIENCE)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = torch.distributed.init_device_mesh(kind, (world,))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")          # one log; errors (stderr) still show
+
+
+@contextmanager
+def peers():
+    """Around the whole script: the loss of another process becomes one line, not N traces."""
+    global rank, world, device, mesh
+    try:
+        yield
+        if world > 1:
+            torch.distributed.destroy_process_group()
+            rank, world, device, mesh = 0, 1, None, None
+    except RuntimeError as error:
+        if world == 1 or not lost_a_peer(error):
+            raise
+        raise SystemExit(f"rank {rank} of {world} stops: another process is gone (torchrun says below "
+                         "which). --resume goes on from the last saved state") from None
+
+
+def lost_a_peer(error: RuntimeError) -> bool:
+    """Is this what a collective raises when the other end has died?"""
+    return isinstance(error, torch.distributed.DistError) or any(
+        sign in str(error) for sign in ("gloo", "Connection closed by peer", "Connection reset"))
+
+
+def is_main() -> bool:
+    """True on the one process that prints and writes."""
+    return rank == 0
+
+
+# ---------------------------------------------------------------------------- rows and numbers
+
+def share(rows):
+    """This rank's rows of a list or tensor: every N-th, so that shares differ by one row at most."""
+    return rows[rank::world]
+
+
+def gather(value) -> list:
+    """Every rank's value, in order of rank. Any small Python value."""
+    if world == 1:
+        return [value]
+    out = [None] * world
+    torch.distributed.all_gather_object(out, value)
+    return out
+
+
+def collect(rows):
+    """All ranks' rows, in the order that share() took them from. A list, or a tensor (then on the CPU)."""
+    if world == 1:
+        return rows
+    if torch.is_tensor(rows):
+        return torch.tensor(collect(rows.tolist()), dtype=rows.dtype)
+    parts = gather(rows)
+    out = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        out[r::world] = part
+    return out
+
+
+def total(number):
+    """The sum over all ranks, the same on each."""
+    return sum(gather(number))
+
+
+def from_main(value):
+    """Rank 0's value, on every rank."""
+    return gather(value)[0]
+
+
+def barrier() -> None:
+    """Go on when all have come here."""
+    gather(None)
+
+
+@contextmanager
+def main_first():
+    """Rank 0 runs the block, then the others: what it wrote, they find."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+# ---------------------------------------------------------------------------- models
+
+def load_options(options: dict) -> dict:
+    """What to change in the arguments of model.load: rank 0 reads the weights, into CPU memory.
+
+    The other ranks build the shapes only; shard() sends each its slices. So the memory of a machine
+    holds one copy, not one a GPU.
+    """
+    if world == 1:
+        return options
+    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
+    return {**options, "device": "cpu" if is_main() else "meta", "dtype": dtype}
+
+
+def shard(model):
+    """Cut the weights of a Qwen3-VL over the ranks, in place; each layer is a group, the rest the root.
+
+    Rank 0's weights count, and the others' may be on the meta device. Parameters become DTensors:
+    make the optimizer afterwards.
+    """
+    if world == 1:
+        return
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
+    # gradients of bf16 weights are added up in float32
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    groups = [*model.model.visual.blocks, *model.model.language_model.layers]
+    for module in (*groups, model):
+        _receive(module)
+        fully_shard(module, reshard_after_forward=module is not model, **options)
+        module.set_gradient_divide_factor(1.0)              # a sum: rows know the whole batch's size
+        module.set_force_sum_reduction_for_comms(True)      # gloo has no other
+    model.backbone = lambda **batch: model.model(**batch).last_hidden_state
+    register_fsdp_forward_method(model, "backbone")
+
+
+def _receive(module) -> None:
+    """Rank 0's weights of this module, whole, on every rank's device; those cut already are left."""
+    from torch.distributed.tensor import DTensor
+    done = {}         # id -> (old, new): a tied weight stands in two places and must stay one
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, old in table.items():
+                if old is None or isinstance(old, DTensor):
+                    continue
+                if id(old) not in done:
+                    new = old.detach().to(device) if is_main() else torch.empty_like(old, device=device)
+                    torch.distributed.broadcast(new, 0)
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, old.requires_grad)
+                    done[id(old)] = old, new
+                table[name] = done[id(old)][1]
+
+
+def last_hidden_state(model, **batch) -> torch.Tensor:
+    """Of model.model(**batch), in sight of the root: its head stays whole until the backward pass."""
+    return model.model(**batch).last_hidden_state if world == 1 else model.backbone(**batch)
+
+
+@contextmanager
+def gathered(model):
+    """Until the end every rank has all weights: no collective in a forward pass. Not for backward."""
+    if world == 1:
+        yield
+        return
+    groups = _groups(model)
+    for module in groups:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in groups:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+        release(model)
+
+
+def release(model) -> None:
+    """Back to slices, after forward passes that no backward pass followed."""
+    if world > 1:
+        for module in _groups(model):
+            module.reshard()
+        model.reset_iter_state()        # forget the order of layers that a backward pass would need
+
+
+def _groups(model) -> list:
+    from torch.distributed.fsdp import FSDPModule
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def in_step(groups: list[list[int]], prompts, processor) -> list[tuple[list[int], list]]:
+    """This rank's micro-batches, as [(rows, blank prompts to add)], such that all ranks run alike.
+
+    1) As many as the rank with the most; those that a rank lacks have no rows.
+    2) If one rank's micro-batch has a picture, or a video, each rank's has: the tower runs on all.
+    A blank is a prompt without a response, so that it has a part in no sum.
+    """
+    if world == 1:
+        return [(rows, []) for rows in groups]
+    kinds = [{kind for row in rows for kind, there in (("picture", prompts[row].grids),
+                                                       ("video", prompts[row].video_grids)) if there}
+             for rows in groups]
+    everyone = gather(kinds)
+    out = []
+    for i in range(max(map(len, everyone))):
+        mine = kinds[i] if i < len(kinds) else set()
+        wanted = set().union(*(theirs[i] for theirs in everyone if i < len(theirs)))
+        rows = groups[i] if i < len(groups) else []
+        blanks = [_blank(kind, processor) for kind in sorted(wanted - mine)]
+        out.append((rows, blanks if rows or blanks else [_blank("text", processor)]))
+    return out
+
+
+def _blank(kind: str, processor):
+    from PIL import Image
+    nothing = Image.new("RGB", (32, 32))
+    return processor.prompt({"id": "blank", "question": "",
+                             "images": [nothing] if kind == "picture" else [],
+                             **({"video": [nothing] * 2, "fps": 1.0} if kind == "video" else {})})
+
+
+# ---------------------------------------------------------------------------- files
+
+def weights(model) -> dict | None:
+    """For model.save: whole weights in rank 0's CPU memory; None where the model has its own."""
+    return None if world == 1 else whole(model.state_dict(keep_vars=True))
+
+
+def whole(tensors: dict) -> dict:
+    """Put slices together, one tensor after the other, in rank 0's CPU memory; elsewhere {}.
+
+    All ranks must call it with the same names. So a file has one format for any number of ranks.
+    """
+    if world == 1:
+        return tensors
+    out, done = {}, {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in done:          # tied weights are one tensor, and saved as one
+            full = tensor.detach()
+            full = full.full_tensor() if hasattr(full, "full_tensor") else full
+            done[id(tensor)] = tensor, full.cpu() if is_main() else None
+        out[name] = done[id(tensor)][1]
+    return out if is_main() else {}
+
+
+def cut(tensors: dict) -> dict:
+    """The way back: rank 0's whole tensors to slices on all ranks; what the others pass is not read."""
+    if world == 1:
+        return tensors
+    from torch.distributed.tensor import Shard, distribute_tensor
+    # single numbers (a step count) go as they are, of the rest the shapes, then the slices
+    heads = from_main({name: tensor if tensor.dim() == 0 else tensor.to("meta")
+                       for name, tensor in tensors.items()})
+    out = {}
+    for name, head in heads.items():
+        if head.dim():
+            full = tensors[name].to(device) if is_main() else torch.empty_like(head, device=device)
+            head = distribute_tensor(full, mesh, [Shard(0)])
+        out[name] = head
+    return out
