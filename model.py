@@ -443,8 +443,8 @@ def save(model, processor: Processor, folder, weights: dict | None = None) -> No
     shutil.rmtree(temporary, ignore_errors=True)
     cue = getattr(model, "cue_recovery", None)
     weights = model.state_dict() if weights is None else weights
-    own = {k: v for k, v in weights.items() if not k.startswith("cue_recovery.")}
-    model.save_pretrained(temporary, state_dict=own)
+    module = {k: v for k, v in weights.items() if k.startswith("cue_recovery.")}
+    model.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k not in module})
     for name in PROCESSOR_FILES:
         if (processor.folder / name).exists():
             shutil.copyfile(processor.folder / name, temporary / name)
@@ -457,8 +457,7 @@ def save(model, processor: Processor, folder, weights: dict | None = None) -> No
             pictures.pop(old_name, None)
         (temporary / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
     if cue is not None:
-        cue.save(temporary / CUE_FILE, {k.removeprefix("cue_recovery."): v
-                                        for k, v in weights.items() if k not in own})
+        cue.save(temporary / CUE_FILE, {k.removeprefix("cue_recovery."): v for k, v in module.items()})
     # FOLDER.old goes only now: after a crash between the two renames it may be the last whole one
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -53,7 +53,7 @@ PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data whi
 def start(kind: str = "") -> None:
     """Join the other processes, if torchrun started several. kind: "cuda" or "cpu", "" to find out."""
     global rank, world, device, mesh
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world > 1:
         return
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
@@ -80,18 +80,20 @@ def start(kind: str = "") -> None:
 
 @contextmanager
 def peers():
-    """Around the whole script: the loss of another process becomes one line, not N traces."""
+    """Around the whole script: leave what start() joined; the loss of a process becomes one line."""
     global rank, world, device, mesh
+    outer = world == 1
     try:
         yield
-        if world > 1:
-            torch.distributed.destroy_process_group()
-            rank, world, device, mesh = 0, 1, None, None
     except RuntimeError as error:
         if world == 1 or not lost_a_peer(error):
             raise
+        reason = str(error).strip().splitlines()[0][:120]
         raise SystemExit(f"rank {rank} of {world} stops: another process is gone (torchrun says below "
-                         "which). --resume goes on from the last saved state") from None
+                         f"which). --resume goes on from the last saved state. [{reason}]") from None
+    if outer and world > 1:
+        torch.distributed.destroy_process_group()
+        rank, world, device, mesh = 0, 1, None, None
 
 
 def lost_a_peer(error: RuntimeError) -> bool:
@@ -193,6 +195,8 @@ def shard(model):
         module.set_force_sum_reduction_for_comms(True)      # gloo has no other
     model.backbone = lambda **batch: model.model(**batch).last_hidden_state
     register_fsdp_forward_method(model, "backbone")
+    # torch looks for the root in its first forward pass, but a rank may have nothing to sample in it
+    model._get_fsdp_state()._lazy_init()
 
 
 def _receive(module) -> None:

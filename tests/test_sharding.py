@@ -1,0 +1,297 @@
+"""sharding.py: two gloo processes on the tiny checkpoint give what one gives, and die together.
+
+One torchrun does all that needs two processes (this file is also its script, see worker()) and ends
+with the death of a rank; the tests look at what it left. Their references are runs of one process.
+"""
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+import checkpoint
+import cue_recovery
+import distill
+import model as qwen
+import sharding
+
+# 5 prompts on 2 ranks, some without a picture, one row a micro-batch: nothing is even.
+SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "4", "--eval-limit", "1",
+         "--eval-every", "0", "--save-every", "1", "--device", "cpu", "--steps", "3", "--warmup", "1"]
+MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3"]
+RUNS = {"mixed": MIXED,
+        # rank 1 has no row at all
+        "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1", "--train", "cue",
+                "--gradient-checkpointing"],
+        "text": [*SMALL, "--data", "text.jsonl", "--steps", "1"]}
+
+
+# ---------------------------------------------------------------------------- inside of torchrun
+
+def worker() -> None:
+    """What each of the two processes does, in the folder that `launched` prepared."""
+    with sharding.peers():
+        sharding.start("cpu")
+        for name, arguments in RUNS.items():
+            keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
+        bfloat16_step()
+        # one process did the first step of this run, two do the second, in the third a rank dies
+        distill.training_step = before_step(2, lambda: sharding.rank == 1 and os.kill(
+            os.getpid(), signal.SIGKILL))
+        distill.main(["--resume", "runs/begun"])
+
+
+def before_step(number: int, action):
+    """distill.training_step, with something happening before step `number` (from 0)."""
+    original = distill.training_step
+
+    def step(*arguments):
+        if arguments[5] == number:
+            action()
+        return original(*arguments)
+    return step
+
+
+def keep_tokens(name: str, run) -> None:
+    """Run, and write what was sampled at each step, with the rows in order, to NAME.tokens.jsonl."""
+    original, out = distill.sample_all, Path(f"{name}.tokens.jsonl")
+
+    def sample_all(*arguments, **settings):
+        got = original(*arguments, **settings)
+        rows = sharding.collect([ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)])
+        if sharding.is_main():
+            checkpoint.append_jsonl(out, {"ids": rows})
+        return got
+    distill.sample_all = sample_all
+    try:
+        run()
+    finally:
+        distill.sample_all = original
+
+
+def bfloat16_step() -> None:
+    """One update in bf16; and how many bytes of weights each rank holds, before, in and after it."""
+    config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4)
+    student, teacher, processor = distill.build_models(config)
+    weights = distill.choose_weights(student, "all")
+    optimizer = distill.Optimizer(weights, lr=1e-3, cue_lr=1e-3, warmup=1, steps=1, final=1, clip=1)
+    shards = [sum(p.to_local().untyped_storage().nbytes() for _, p in weights)]
+    with sharding.gathered(student):
+        whole = sum(p.untyped_storage().nbytes() for p in student.parameters())
+    records = distill.record_files.load("pictures.jsonl", ())[:2]
+    metrics, _ = distill.training_step(student, teacher, processor, records, config, 0, optimizer)
+    shards.append(sum(p.to_local().untyped_storage().nbytes() for _, p in weights))
+    rounded = all(torch.equal(p.to_local(), master.to_local().bfloat16())
+                  for p, master in zip(optimizer.parameters, optimizer.masters))
+    tied = student.lm_head.weight is student.model.language_model.embed_tokens.weight
+    found = sharding.gather({
+        "whole": whole, "of": sum(p.numel() * p.element_size() for _, p in weights), "shards": shards,
+        "skipped": metrics["skipped"], "tied": tied, "rounded": rounded,
+        "masters": sorted({str(master.dtype) for master in optimizer.masters})})
+    if sharding.is_main():
+        checkpoint.write_json("bf16.json", found)
+
+
+# ---------------------------------------------------------------------------- outside
+
+@pytest.fixture(scope="module")
+def launched(toy_folder, tmp_path_factory):
+    """(folder, output): all runs by one process in FOLDER/one, by two in FOLDER/two."""
+    folder = tmp_path_factory.mktemp("sharding")
+    rows = [json.loads(line) for line in (toy_folder / "train.jsonl").read_text().splitlines()]
+    here, pristine = os.getcwd(), distill.training_step
+    try:
+        for name in ("one", "two"):
+            (folder / name).mkdir()
+            write_data(folder / name, rows, toy_folder)
+        os.chdir(folder / "one")
+        for name, arguments in RUNS.items():
+            keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
+        # a run that one process begins, to be ended by two
+        os.chdir(folder / "two")
+        distill.training_step = before_step(1, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            distill.main([*MIXED, "--name", "begun"])
+    finally:
+        distill.training_step = pristine
+        os.chdir(here)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(Path(__file__).resolve())], cwd=folder / "two", env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        said, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()             # torchrun then ends its processes
+        said, _ = process.communicate(timeout=60)
+        pytest.fail("two processes wait for each other:\n" + said[-4000:])
+    return folder, said, process.returncode
+
+
+def write_data(folder, rows, source) -> None:
+    shutil.copytree(source / "images", folder / "images")
+    text = [{**row, "images": []} for row in rows]
+    mixed = [t if n % 3 else row for n, (row, t) in enumerate(zip(rows, text))]
+    for name, records in (("pictures", rows), ("text", text), ("mixed", mixed)):
+        checkpoint.write_jsonl(folder / f"{name}.jsonl", records)
+    checkpoint.write_jsonl(folder / "test.jsonl", rows[:3])
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def metrics(folder, name):
+    return checkpoint.read_jsonl(folder / "runs" / name / "metrics.jsonl")
+
+
+def same_metrics(a, b):
+    assert len(a) == len(b) > 0
+    for one, two in zip(a, b):
+        assert one.keys() == two.keys()
+        for key in one:
+            if "second" not in key:
+                # absolute: the gaps are sums that nearly cancel
+                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def start(loaded):
+    """The weights that every run began with."""
+    model = copy.deepcopy(loaded[0])
+    cue_recovery.attach(model, every=2, seed=0)
+    return model.state_dict()
+
+
+def weights(folder, name):
+    model, _ = qwen.load(folder / "runs" / name / "checkpoint", device="cpu")
+    return model.state_dict()
+
+
+def same_change(start, one, two):
+    """Two trained models differ by less than a hundredth of what training changed.
+
+    Not by rounding alone: AdamW's first steps are as long for a gradient of 1e-9, whose sign is noise.
+    """
+    moved = sum(float((one[n] - start[n]).square().sum()) for n in start) ** 0.5
+    apart = sum(float((one[n] - two[n]).square().sum()) for n in one) ** 0.5
+    assert moved > 0 and apart < 0.01 * moved, (apart, moved)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_metrics_of_one(launched, name):
+    """Uneven rows, a rank without rows, without a picture, or all without; every metric, gradient norm
+    included, which a mean over ranks in place of the sum would halve."""
+    folder, _, _ = launched
+    same_metrics(metrics(folder / "one", name), metrics(folder / "two", name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_tokens_do_not_depend_on_the_number_of_processes(launched, name):
+    folder, _, _ = launched
+    a, b = (checkpoint.read_jsonl(folder / n / f"{name}.tokens.jsonl") for n in ("one", "two"))
+    assert a == b and len(a) > 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_checkpoint_is_that_of_one_process(launched, start, name):
+    """The same files, config and tensors, which model.load reads alone; and the training is the same."""
+    folder, _, _ = launched
+    one, two = (folder / n / "runs" / name / "checkpoint" for n in ("one", "two"))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    assert (one / "config.json").read_text() == (two / "config.json").read_text()
+    same_change(start, weights(folder / "one", name), weights(folder / "two", name))
+    before = [json.loads((folder / n / "runs" / name / "before.json").read_text()) for n in ("one", "two")]
+    assert before[0] == before[1]
+
+
+def test_each_rank_holds_its_part_and_bf16_has_float32_masters(launched):
+    folder, _, _ = launched
+    ranks = json.loads((folder / "two" / "bf16.json").read_text())
+    assert len(ranks) == 2
+    for found in ranks:
+        assert found["whole"] == found["of"]
+        assert all(0.49 * found["of"] < held < 0.51 * found["of"] for held in found["shards"])
+        assert found["tied"] and found["rounded"] and not found["skipped"]
+        assert found["masters"] == ["torch.float32"]
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start, monkeypatch):
+    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3 one's."""
+    folder, said, code = launched
+    assert code != 0
+    assert re.search(r"rank 0 of 2 stops: another process is gone.*--resume", said), said[-3000:]
+    assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", said), said[-3000:]
+    assert "resuming runs/begun after step 1" in said
+    assert [m["step"] for m in metrics(folder / "two", "begun")] == [1, 2]
+    monkeypatch.chdir(folder / "two")
+    distill.main(["--resume", "runs/begun"])
+    same_metrics(metrics(folder / "one", "mixed"), metrics(folder / "two", "begun"))
+    same_change(start, weights(folder / "one", "mixed"), weights(folder / "two", "begun"))
+
+
+def test_one_process_prints(launched):
+    _, said, _ = launched
+    assert said.count("training records from mixed.jsonl") == 2        # the runs "mixed" and "begun"
+
+
+# ---------------------------------------------------------------------------- without processes
+
+def test_alone_nothing_is_started_and_nothing_changes(tiny):
+    model, processor = tiny
+    sharding.start("cpu")
+    assert not torch.distributed.is_initialized() and sharding.is_main()
+    rows = torch.arange(3)
+    assert sharding.collect(sharding.share(rows)) is not None and sharding.total(7) == 7
+    assert torch.equal(sharding.share(rows), rows)
+    assert sharding.in_step([[0, 1], [2]], None, processor) == [([0, 1], []), ([2], [])]
+    kind = type(model)
+    sharding.shard(model)
+    with sharding.gathered(model):
+        assert type(model) is kind
+    assert sharding.weights(model) is None
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "tpu")])
+def test_a_half_set_environment_is_refused(monkeypatch, variables, message):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        sharding.start("tpu")
+
+
+def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
+    """PITFALLS 14: three ranks; a picture here, a video there, a rank without rows: one sequence."""
+    _, processor = loaded
+    picture, text = ragged[0], ragged[1]
+    kinds = [[{"picture"}, set()], [set(), set(), {"video"}], []]
+    prompts = {0: [picture, text], 1: [text, text, text], 2: []}
+    for rank, ours in prompts.items():
+        monkeypatch.setattr(sharding, "world", 3)
+        monkeypatch.setattr(sharding, "gather", lambda mine, r=rank: [*kinds[:r], mine, *kinds[r + 1:]])
+        got = sharding.in_step([[row] for row in range(len(ours))], ours, processor)
+        assert [rows for rows, _ in got] == [[row] if row < len(ours) else [] for row in range(3)]
+        for i, (rows, blanks) in enumerate(got):
+            seen = [*(ours[row] for row in rows), *blanks]
+            assert len(seen) > 0
+            assert any(p.grids for p in seen) == (i == 0)
+            # the video stands in kinds only, so rank 1's own third row is a text
+            assert any(p.video_grids for p in seen) == (i == 2 and rank != 1) or rank == 1
+
+
+if __name__ == "__main__":
+    worker()
