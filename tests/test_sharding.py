@@ -25,7 +25,7 @@ import model as qwen
 import sharding
 
 # 5 prompts on 2 ranks, some without a picture, one row a micro-batch: nothing is even.
-SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "4", "--eval-limit", "1",
+SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "6", "--temperature", "2", "--eval-limit", "1",
          "--eval-every", "0", "--save-every", "1", "--device", "cpu", "--steps", "3", "--warmup", "1"]
 MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3"]
 RUNS = {"mixed": MIXED,
@@ -126,9 +126,8 @@ def launched(toy_folder, tmp_path_factory):
         os.chdir(here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(Path(__file__).resolve())], cwd=folder / "two", env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        [sys.executable, str(Path(__file__).resolve())], cwd=folder / "two", env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         said, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
@@ -162,7 +161,7 @@ def same_metrics(a, b):
         for key in one:
             if "second" not in key:
                 # absolute: the gaps are sums that nearly cancel
-                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), key
 
 
 @pytest.fixture(scope="module")
@@ -293,5 +292,11 @@ def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
             assert any(p.video_grids for p in seen) == (i == 2 and rank != 1) or rank == 1
 
 
-if __name__ == "__main__":
-    worker()
+if __name__ == "__main__":      # torchrun, with processes that need not import everything again
+    import torch._dynamo        # noqa: F401  imported by what is sharded, in each process
+    import torch.distributed.fsdp
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from transformers import Qwen3VLForConditionalGeneration        # noqa: F401
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+                                rdzv_endpoint="localhost:0", run_id="test", max_restarts=0,
+                                start_method="fork"), worker)()
