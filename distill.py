@@ -306,8 +306,8 @@ class Totals:
 
 def describe(rollout: Rollout, answers: list[str]) -> dict:
     """Length, share cut off, and the word "hint" in the answers (those of all processes)."""
-    hints = sharding.collect([evaluate.count_hints(answer) for answer in answers])
-    lengths, stopped = sharding.collect(rollout.lengths), sharding.collect(rollout.stopped)
+    hints = sum(sharding.gather([evaluate.count_hints(answer) for answer in answers]), [])
+    lengths, stopped = (torch.cat(sharding.gather(x.cpu())) for x in (rollout.lengths, rollout.stopped))
     return {"length": float(lengths.float().mean()), "cut_off": float((~stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
 

@@ -115,7 +115,7 @@ def share(rows):
 
 
 def gather(value) -> list:
-    """Every rank's value, in order of rank. Any small Python value."""
+    """Every rank's value, in order of rank: any small Python value, or a tensor on the CPU."""
     if world == 1:
         return [value]
     out = [None] * world
@@ -124,11 +124,9 @@ def gather(value) -> list:
 
 
 def collect(rows):
-    """All ranks' rows, in the order that share() took them from. A list, or a tensor (then on the CPU)."""
+    """All ranks' rows in one list, in the order that share() took them from."""
     if world == 1:
         return rows
-    if torch.is_tensor(rows):
-        return torch.tensor(collect(rows.tolist()), dtype=rows.dtype)
     parts = gather(rows)
     out = [None] * sum(map(len, parts))
     for r, part in enumerate(parts):

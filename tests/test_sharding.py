@@ -32,7 +32,7 @@ RUNS = {"mixed": MIXED,
         # rank 1 has no row at all
         "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1", "--train", "cue",
                 "--gradient-checkpointing"],
-        "text": [*SMALL, "--data", "text.jsonl", "--steps", "1"]}
+        "text": [*SMALL, "--data", "text.jsonl", "--steps", "1", "--samples-per-prompt", "2"]}
 
 
 # ---------------------------------------------------------------------------- inside of torchrun
@@ -44,9 +44,13 @@ def worker() -> None:
         for name, arguments in RUNS.items():
             keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
         bfloat16_step()
-        # one process did the first step of this run, two do the second, in the third a rank dies
-        distill.training_step = before_step(2, lambda: sharding.rank == 1 and os.kill(
-            os.getpid(), signal.SIGKILL))
+        # one process did the first step of this run; two do the second, in which one of them is asked
+        # to stop; in the third it dies
+        one_gets = lambda number: sharding.rank == 1 and os.kill(os.getpid(), number)   # noqa: E731
+        distill.training_step = before_step(1, lambda: one_gets(signal.SIGTERM))
+        with pytest.raises(SystemExit, match="130"):
+            distill.main(["--resume", "runs/begun"])
+        distill.training_step = before_step(2, lambda: one_gets(signal.SIGKILL))
         distill.main(["--resume", "runs/begun"])
 
 
@@ -67,7 +71,9 @@ def keep_tokens(name: str, run) -> None:
 
     def sample_all(*arguments, **settings):
         got = original(*arguments, **settings)
-        rows = sharding.collect([ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)])
+        rows = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]
+        each = len(rows) // max(1, len(arguments[2]))                      # samples per prompt
+        rows = sharding.collect([rows[i:i + each] for i in range(0, len(rows), max(1, each))])
         if sharding.is_main():
             checkpoint.append_jsonl(out, {"ids": rows})
         return got
@@ -226,12 +232,14 @@ def test_each_rank_holds_its_part_and_bf16_has_float32_masters(launched):
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start, monkeypatch):
-    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3 one's."""
+    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3 one's.
+    A signal that reached one of the two stopped both, behind the same step."""
     folder, said, code = launched
     assert code != 0
     assert re.search(r"rank 0 of 2 stops: another process is gone.*--resume", said), said[-3000:]
     assert re.search(r"rank\s+: 1 .*\n\s+exitcode\s+: -9", said), said[-3000:]
-    assert "resuming runs/begun after step 1" in said
+    for line in ("resuming runs/begun after step 1", "stopped after step 2", "begun after step 2"):
+        assert said.count(line) == 1
     assert [m["step"] for m in metrics(folder / "two", "begun")] == [1, 2]
     monkeypatch.chdir(folder / "two")
     distill.main(["--resume", "runs/begun"])
@@ -241,7 +249,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start
 
 def test_one_process_prints(launched):
     _, said, _ = launched
-    assert said.count("training records from mixed.jsonl") == 2        # the runs "mixed" and "begun"
+    assert said.count("training records from mixed.jsonl") == 3        # "mixed", "begun" twice
 
 
 # ---------------------------------------------------------------------------- without processes
@@ -251,8 +259,7 @@ def test_alone_nothing_is_started_and_nothing_changes(tiny):
     sharding.start("cpu")
     assert not torch.distributed.is_initialized() and sharding.is_main()
     rows = torch.arange(3)
-    assert sharding.collect(sharding.share(rows)) is not None and sharding.total(7) == 7
-    assert torch.equal(sharding.share(rows), rows)
+    assert torch.equal(sharding.collect(sharding.share(rows)), rows) and sharding.total(7) == 7
     assert sharding.in_step([[0, 1], [2]], None, processor) == [([0, 1], []), ([2], [])]
     kind = type(model)
     sharding.shard(model)
