@@ -1,17 +1,17 @@
 """sharding.py - several processes, one student: each rank holds a slice of every weight (FSDP2).
 
-The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards: rank r
-takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer moment; a
-layer is put together (all-gather) just before it runs and dropped after, and its gradients are added up
-over the ranks and cut again (reduce-scatter). That is torch's own fully_shard; this file is what
-on-policy distillation needs around it.
+The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards:
+rank r takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer
+moment; a layer is put together (all-gather) just before it runs and dropped after, and its gradients
+are added up over the ranks and cut again (reduce-scatter). That is torch's own fully_shard; this file
+is what on-policy distillation needs around it.
 
     rank 0   rows 0 2 4 --sample alone--> score, micro-batch by micro-batch --.
-                                                |  all-gather, reduce-scatter  >-- sum --> 1/N of the update
+                                            |  all-gather, reduce-scatter  >-- sum --> 1/N of the update
     rank 1   rows 1 3   --sample alone--> score, the same number of them -----'
 
-In:  the environment that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK).  Out: a handful of functions.
-Without WORLD_SIZE, or with 1, every one of them is the identity: nothing is imported, started or sent.
+In:  the environment that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK).  Out: a few functions.
+Without WORLD_SIZE, or with 1, every one of them is the identity: nothing is started or sent.
 
 The one equation.  With R_r the rows of rank r, and B all rows of the step wherever they are:
     gradient = sum_r  sum_{i in R_r}  (1/B) gradient_i        a sum over ranks, not FSDP's mean
@@ -20,24 +20,25 @@ Run
     torchrun --nproc-per-node 8 distill.py --student Qwen/Qwen3-VL-8B-Instruct ...
 
 What would bite
-1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in how
-   many micro-batches they have, and in whether one has a picture in it, which decides if the vision
-   tower runs. in_step() evens both out with rows of no response token: no loss, a gradient of zero.
+1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in
+   how many micro-batches they have, and in whether one has a picture in it, which decides if the
+   vision tower runs. in_step() evens both out with rows of no response token: no loss, no gradient.
 2) Sampling would gather every layer once a token, and ranks stop at different times. gathered() puts
    the model together once; until its end no rank waits for another.
-3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which stays
-   whole from last_hidden_state() until the backward pass is through; a teacher, which has none, is released().
-4) A hook that uses weights of its own layer must be registered before fully_shard; and those weights may
-   not be in that layer's group. cue_recovery's are in the root's.
-5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is stuck in
-   NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
-Left out: tensor and pipeline parallelism, offloading to CPU memory, a batch larger than one sequence a
-GPU can hold; sampling keeps a whole copy of the student on every GPU.
+3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which is
+   whole from last_hidden_state() to the end of the backward pass; a teacher has none: release() it.
+4) A hook that uses weights of its own layer must be registered before fully_shard; and those weights
+   may not be in that layer's group. cue_recovery's are in the root's.
+5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is stuck
+   in NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
+Left out: tensor and pipeline parallelism, offloading to CPU memory. A GPU must hold a whole copy of
+the student, since it samples with one.
 """
 from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -51,14 +52,14 @@ PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data whi
 # ---------------------------------------------------------------------------- processes
 
 def start(kind: str = "") -> None:
-    """Join the other processes, if torchrun started several. kind: "cuda" or "cpu", "" to find out."""
+    """Join the other processes if torchrun started several. kind: "cuda" or "cpu", "" to find out."""
     global rank, world, device, mesh
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world > 1:
         return
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(sorted(missing))} "
-                         "are not set: start several processes with torchrun")
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {sorted(missing)}: start "
+                         "several processes with torchrun")
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ["LOCAL_RANK"])
     if kind not in ("cuda", "cpu"):
@@ -69,7 +70,7 @@ def start(kind: str = "") -> None:
     device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    # gloo beside NCCL: small Python values travel over it, and it notices at once that a peer is gone
+    # gloo beside NCCL: small values travel over it, and it notices at once that a peer is gone
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                                          timeout=PATIENCE)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -89,8 +90,10 @@ def peers():
         if world == 1 or not lost_a_peer(error):
             raise
         reason = str(error).strip().splitlines()[0][:120]
-        raise SystemExit(f"rank {rank} of {world} stops: another process is gone (torchrun says below "
-                         f"which). --resume goes on from the last saved state. [{reason}]") from None
+        print(f"rank {rank} of {world} stops: another process is gone (torchrun says below which). "
+              f"--resume goes on from the last saved state. [{reason}]", file=sys.stderr, flush=True)
+        time.sleep(1)        # torchrun blames the first failure that it sees, every 0.1 s
+        raise SystemExit(1) from None
     if outer and world > 1:
         torch.distributed.destroy_process_group()
         rank, world, device, mesh = 0, 1, None, None
@@ -174,7 +177,7 @@ def load_options(options: dict) -> dict:
 
 
 def shard(model):
-    """Cut the weights of a Qwen3-VL over the ranks, in place; each layer is a group, the rest the root.
+    """Cut a Qwen3-VL's weights over the ranks, in place; each layer is a group, the rest the root.
 
     Rank 0's weights count, and the others' may be on the meta device. Parameters become DTensors:
     make the optimizer afterwards.
@@ -193,7 +196,7 @@ def shard(model):
         module.set_force_sum_reduction_for_comms(True)      # gloo has no other
     model.backbone = lambda **batch: model.model(**batch).last_hidden_state
     register_fsdp_forward_method(model, "backbone")
-    # torch looks for the root in its first forward pass, but a rank may have nothing to sample in it
+    # torch finds the root in the first forward pass, but a rank may have nothing to sample then
     model._get_fsdp_state()._lazy_init()
 
 
@@ -207,7 +210,8 @@ def _receive(module) -> None:
                 if old is None or isinstance(old, DTensor):
                     continue
                 if id(old) not in done:
-                    new = old.detach().to(device) if is_main() else torch.empty_like(old, device=device)
+                    new = (old.detach().to(device) if is_main()
+                           else torch.empty_like(old, device=device))
                     torch.distributed.broadcast(new, 0)
                     if isinstance(old, torch.nn.Parameter):
                         new = torch.nn.Parameter(new, old.requires_grad)
@@ -260,8 +264,8 @@ def in_step(groups: list[list[int]], prompts, processor) -> list[tuple[list[int]
     """
     if world == 1:
         return [(rows, []) for rows in groups]
-    kinds = [{kind for row in rows for kind, there in (("picture", prompts[row].grids),
-                                                       ("video", prompts[row].video_grids)) if there}
+    kinds = [{kind for row in rows for kind, seen in (("picture", prompts[row].grids),
+                                                      ("video", prompts[row].video_grids)) if seen}
              for rows in groups]
     everyone = gather(kinds)
     out = []
@@ -307,7 +311,7 @@ def whole(tensors: dict) -> dict:
 
 
 def cut(tensors: dict) -> dict:
-    """The way back: rank 0's whole tensors to slices on all ranks; what the others pass is not read."""
+    """The way back: rank 0's whole tensors to slices on all ranks; the others' are not read."""
     if world == 1:
         return tensors
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -25,8 +25,9 @@ import model as qwen
 import sharding
 
 # 5 prompts on 2 ranks, some without a picture, one row a micro-batch: nothing is even.
-SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "6", "--temperature", "2", "--eval-limit", "1",
-         "--eval-every", "0", "--save-every", "1", "--device", "cpu", "--steps", "3", "--warmup", "1"]
+SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "6", "--steps", "3",
+         "--temperature", "2", "--eval-limit", "1", "--eval-every", "0", "--save-every", "1",
+         "--warmup", "1", "--device", "cpu"]
 MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3"]
 RUNS = {"mixed": MIXED,
         # rank 1 has no row at all
