@@ -14,8 +14,8 @@ one or the new one. All that must agree (weights, optimizer moments, averaged te
 file: a kill between two renames cannot leave a pair that does not match. Random numbers need no saving:
 each step seeds its own generator from (seed, step), and so does the order of the data.
 
-Order.  A line of metrics.jsonl is written before the state of its step, and a resumed run forgets the
-lines beyond its state: a kill at any moment costs the steps since the last state, and nothing else.
+Order.  A line of metrics.jsonl is written before the state of its step, and a resumed run forgets
+the lines beyond its state: a kill at any moment costs the steps since the last state, no more.
 A write that fails (a full disk) raises OSError, takes back its part, and leaves the old file whole.
 
 Use it alone: torch and safetensors.
@@ -49,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove(temporary: Path) -> None:
-    """On a full disk every byte counts; what stood in the way of writing may stand in this way too."""
+    """On a full disk every byte counts. What forbade writing may forbid this too: never mind."""
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
 
@@ -110,8 +110,8 @@ def put_back(path: Path) -> None:
 def keep_student(run: Path, keep: int, seen: dict, save) -> None:
     """RUN/checkpoints/step-N for the newest `keep` evaluations, and RUN/best for the best so far.
 
-    seen: its "step" and "accuracy"; save(folder, seen) writes the student of now, and seen beside it.
-    Equal accuracy keeps the earlier student. The same evaluation again (after a kill) changes nothing.
+    seen: "step" and "accuracy" of now; save(folder, seen) writes the student, and seen beside it.
+    Equal accuracy keeps the earlier one. The same evaluation again (after a kill) changes nothing.
     """
     save(run / "checkpoints" / f"step-{seen['step']:06}", seen)
     found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
@@ -123,7 +123,7 @@ def keep_student(run: Path, keep: int, seen: dict, save) -> None:
 
 
 def keep_best(run: Path, seen: dict, save) -> dict:
-    """Save the student as RUN/best if it answers better than the one there; returns who is there."""
+    """Save the student as RUN/best if it beats the one there; returns the `seen` of the best."""
     path = run / "best" / "evaluation.json"
     best = json.loads(path.read_text()) if path.exists() else None
     if best and best["accuracy"] >= seen["accuracy"]:

@@ -109,7 +109,7 @@ class Config:
     name: str = option("", "of the run's folder below runs/ (default: the time)")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after")
     save_every: int = option(25, "steps between saved states for --resume")
-    keep: int = option(0, "keep the students of the last so many evaluations, and the best; 0: none")
+    keep: int = option(0, "keep the students of the last so many evaluations, and the best")
     max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit")
     max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit")
     device: str = option("", "cuda, cpu, ... (default: cuda if there is one)")
@@ -458,7 +458,7 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
 
 
 def spent(log: list[dict], config) -> str:
-    """Why the run ends before --steps: the limit that its metrics (over all resumes) have reached."""
+    """The limit that a run's metrics (over all resumes) have reached, if any: it ends early."""
     hours, tokens = (sum(m.get(key, 0) for m in log) for key in ("seconds", "tokens"))
     if config.max_hours and hours >= 3600 * config.max_hours:
         return f"--max-hours {config.max_hours}"
@@ -467,7 +467,7 @@ def spent(log: list[dict], config) -> str:
 
 @contextlib.contextmanager
 def forgiven(step: int, fatal: bool = False):
-    """A failed save amid a long run is reported: the one before is whole, the next one may succeed."""
+    """A failed save amid a run is reported: the one before is whole, the next one may succeed."""
     try:
         yield
     except OSError as error:
@@ -516,11 +516,11 @@ def resume_run(folder: Path, optimizer, teacher, config) -> int:
                 for name, parameter in teacher.named_parameters():
                     parameter.copy_(tensors[f"teacher/{name}"])
     if len(log) < done:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the saved "
-                         "state; budgets and result.json count them. Was it changed?")
+        raise ValueError(f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the "
+                         "saved state; budgets and result.json count them. Was it changed?")
     if done and not (folder / "before.json").exists():
-        raise FileNotFoundError(f"{folder / 'before.json'} is missing, and the base of a student that "
-                                "is trained already cannot be evaluated")
+        raise FileNotFoundError(f"{folder / 'before.json'} is missing, and the base of a student "
+                                "that is trained already cannot be evaluated")
     for name in ("checkpoint", "best"):
         checkpoint.put_back(folder / name)
     for name in ("metrics.jsonl", "rollouts.jsonl"):

@@ -287,7 +287,7 @@ def main(argv=None) -> None:
                         help="decoding and pixel budget of the paper's table 4")
     parser.add_argument("--any-rows", action="store_true",
                         help="take a benchmark file whose number of rows is not the official one")
-    parser.add_argument("--ask", help="answer this one question, print the answer, and grade nothing")
+    parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
     parser.add_argument("--image", action="append", default=[],
                         help="with --ask: a picture; may be given several times, or not at all")
     parser.add_argument("--hint", help="with --ask: a privileged line, as a teacher would see it")
@@ -327,7 +327,7 @@ def look(command: str, *argv: str) -> None:
 
 
 def main_ask(args) -> None:
-    """Print the answer to one question; what is wrong with a picture shows before the model loads."""
+    """Print the answer to one question; a wrong picture is found before the model is loaded."""
     for path in args.image:
         try:
             with Image.open(path) as picture:
@@ -400,7 +400,8 @@ def run_settings(model: Path) -> dict:
     for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
         if (run / "args.json").exists():
             return json.loads((run / "args.json").read_text(encoding="utf-8"))
-    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024, "min_pixels": 0, "max_pixels": 0}
+    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024,
+            "min_pixels": 0, "max_pixels": 0}
 
 
 if __name__ == "__main__":

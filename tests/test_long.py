@@ -1,9 +1,9 @@
 """Long runs: killed before any write, on a full disk, ended by a budget, and the result put to use.
 
-The disk changes only when a file is opened for writing, written by safetensors, renamed or removed. So
-a kill at any moment leaves what a kill just before one of these calls leaves, and they can be counted:
-`runner` runs distill.py in forks of one process that has imported it (an import costs more than a
-run), and a fork kills itself with SIGKILL before its n-th such call.
+The disk changes only when a file is opened for writing, written by safetensors, renamed or removed.
+So a kill at any moment leaves what a kill just before one of these calls leaves (or half a file
+that has no name yet), and they can be counted: `runner` runs distill.py in forks of one process that
+has imported it (an import costs more than a run), and a fork kills itself before its n-th such call.
 """
 import contextlib
 import json
@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ---------------------------------------------------------------------------- the process that forks
+# ---------------------------------------------------------------------------- the forking process
 
 def die(path=None) -> None:
     if path is not None:                    # in the middle of a safetensors file
@@ -144,7 +144,7 @@ def runner(tmp_path_factory):
 
 
 SMALL = ["--batch-size", "2", "--sample-batch", "2", "--max-new-tokens", "3", "--eval-limit", "3",
-         "--save-every", "2", "--eval-every", "2", "--steps", "5", "--device", "cpu", "--keep", "1",
+         "--save-every", "2", "--eval-every", "2", "--steps", "6", "--device", "cpu", "--keep", "1",
          "--teacher", "ema", "--privilege", "answer"]
 
 
@@ -190,8 +190,8 @@ def same(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy_folder, tmp_path,
                                                               seed):
-    """PITFALLS 22. Before a random write of every process, resumed until it is done: metrics, sampled
-    answers, result, every kept student and the state are those of the run that was left alone."""
+    """PITFALLS 22. Before a random write of every process, resumed until it is done: metrics,
+    sampled answers, result, kept students and state are those of the run that was left alone."""
     rng, kills, folder = random.Random(seed), 0, tmp_path / "runs" / "cut"
     code, said = runner(tmp_path, command(toy_folder, "cut"), die=rng.randint(3, 40))
     while code == -signal.SIGKILL:
@@ -204,8 +204,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy
 
 
 def test_a_folder_saved_over_an_old_one_is_the_old_or_the_new(runner, tmp_path, tiny):
-    """Two renames replace a folder: between them there is none of that name, and a run killed there
-    had no checkpoint that anything would load. Killed before each write; load() finds a whole one."""
+    """Two renames replace a folder: between them there is none of that name, and a run killed
+    there had no checkpoint that anything would load. Killed before each write, one is found."""
     model, processor = tiny
     cue_recovery.attach(model, every=2)
     qwen.save(model, processor, tmp_path / "old")
@@ -233,7 +233,7 @@ def test_a_folder_saved_over_an_old_one_is_the_old_or_the_new(runner, tmp_path, 
 
 
 def test_a_moved_folder_is_put_back_once(tmp_path):
-    """What resume does with FOLDER.old; a folder that is there is never replaced by an older one."""
+    """What resume does with FOLDER.old; a folder that is there is never replaced by an older."""
     (tmp_path / "best.old").mkdir()
     (tmp_path / "best.old" / "a").write_text("old")
     checkpoint.put_back(tmp_path / "best")
@@ -259,8 +259,8 @@ def full_disk(size: int):
 
 def test_a_state_that_cannot_be_saved_is_reported_and_the_older_one_goes_on(runner, whole,
                                                                             toy_folder, tmp_path):
-    """A full disk amid the run: the periodic save is reported and the run goes on; the last one ends
-    it, in one line that says how to resume. Nothing is lost, and the end is that of the whole run."""
+    """A full disk amid the run: a periodic save is reported and the run goes on; the last one ends
+    it, in one line that says how to resume. Nothing is lost: the end is that of the whole run."""
     folder = tmp_path / "runs" / "cut"
     code, said = runner(tmp_path, command(toy_folder, "cut"), die=40)
     assert code == -signal.SIGKILL
@@ -273,7 +273,7 @@ def test_a_state_that_cannot_be_saved_is_reported_and_the_older_one_goes_on(runn
     assert re.search(r"^distill.py: cannot write runs/cut/state/state.safetensors: .*"
                      r"python distill.py --resume runs/cut$", said, re.M)
     assert state.read_bytes() == before and os.listdir(state.parent) == [state.name]
-    assert len(checkpoint.read_jsonl(folder / "metrics.jsonl")) == 5
+    assert len(checkpoint.read_jsonl(folder / "metrics.jsonl")) == 6
     state.write_bytes(before[:-1])
     code, said = runner(tmp_path, ["--resume", "runs/cut"])
     assert code == 1 and "Traceback" not in said
@@ -285,7 +285,7 @@ def test_a_state_that_cannot_be_saved_is_reported_and_the_older_one_goes_on(runn
 
 
 def test_half_a_line_does_not_stay(tmp_path):
-    """A full disk left half a line of metrics, the next was glued to it, and reading ended there."""
+    """A full disk left half a line of metrics, the next was glued to it, reading ended there."""
     path = tmp_path / "metrics.jsonl"
     checkpoint.append_jsonl(path, {"step": 1})
     with full_disk(path.stat().st_size + 5):
@@ -340,8 +340,8 @@ class NoOptimizer:
 
 
 def test_resume_refuses_a_run_whose_other_files_are_gone(tmp_path):
-    """Budgets and result count the lines of metrics.jsonl; a trained student has no base to measure;
-    and a finished run whose state was removed must not begin again over its own results."""
+    """Budgets and result count the lines of metrics.jsonl; a trained student has no base to
+    measure; a finished run whose state was removed must not begin again over its results."""
     settings = distill.Config()
     assert distill.resume_run(tmp_path, NoOptimizer(), None, settings) == 0
     checkpoint.save_state(tmp_path / "state", 2, {"a": torch.ones(1)})
@@ -352,7 +352,9 @@ def test_resume_refuses_a_run_whose_other_files_are_gone(tmp_path):
     with pytest.raises(FileNotFoundError, match="before.json is missing"):
         distill.resume_run(tmp_path, NoOptimizer(), None, settings)
     checkpoint.write_json(tmp_path / "before.json", {})
+    (tmp_path / "best.old").mkdir()                  # what a kill between two renames leaves
     assert distill.resume_run(tmp_path, NoOptimizer(), None, settings) == 2
+    assert (tmp_path / "best").is_dir()
     (tmp_path / "state" / "state.safetensors").unlink()
     checkpoint.write_json(tmp_path / "result.json", {})
     with pytest.raises(FileNotFoundError, match="no saved state"):
@@ -368,7 +370,7 @@ def fake_save(folder, seen):
 
 
 def test_the_newest_and_the_best_students_are_kept(tmp_path):
-    """Ties keep the earlier; numbers are compared, not names; an evaluation again changes nothing."""
+    """Ties keep the earlier; numbers are compared, not names; one evaluation twice is one."""
     steps = [(50, 0.5), (100, 0.8), (100, 0.8), (150, 0.8), (999_950, 0.2), (1_000_000, 0.7)]
     for step, accuracy in steps:
         checkpoint.keep_student(tmp_path, 2, {"step": step, "accuracy": accuracy}, fake_save)
@@ -382,15 +384,17 @@ def test_the_newest_and_the_best_students_are_kept(tmp_path):
 
 
 def test_a_run_keeps_what_it_says(whole):
-    """step-000004 is the last evaluation amid the run; the end is checkpoint/; best is in result."""
+    """step-000004 is the last evaluation amid the run, the end is checkpoint/, result has best. The
+    last step is evaluated once, at the end, though --eval-every divides it."""
     assert [p.name for p in (whole / "checkpoints").iterdir()] == ["step-000004"]
+    assert {r["step"] for r in checkpoint.read_jsonl(whole / "rollouts.jsonl")} == {2, 4}
     accuracy = {m["step"]: m["accuracy"] for m in checkpoint.read_jsonl(whole / "metrics.jsonl")
                 if "accuracy" in m}
-    assert list(accuracy) == [2, 4, 5]
+    assert list(accuracy) == [2, 4, 6]
     result = json.loads((whole / "result.json").read_text())
     best = max(accuracy, key=accuracy.get)
     assert result["best"] == {"step": best, "accuracy": accuracy[best], "folder": "best"}
-    assert accuracy[5] == result["student_accuracy"] and result["steps"] == 5
+    assert accuracy[6] == result["student_accuracy"] and result["steps"] == 6
     qwen.load(whole / "best", device="cpu")
     qwen.load(whole / "checkpoints" / "step-000004", device="cpu")
     own = evaluate.run_settings(whole / "checkpoints" / "step-000004")
@@ -401,29 +405,31 @@ def test_a_run_keeps_what_it_says(whole):
 
 def test_a_token_budget_ends_a_run_and_raising_it_goes_on(runner, whole, toy_folder, tmp_path):
     """The step that reaches the budget is the last: evaluated, saved, counted over a kill too. The
-    learning rate follows --steps all the while, so with a higher budget it is the whole run again."""
+    learning rate follows --steps all the while: with a higher budget it is the whole run again."""
     folder, tokens = tmp_path / "runs" / "cut", [
         m["tokens"] for m in checkpoint.read_jsonl(whole / "metrics.jsonl")]
-    budget = str(sum(tokens[:3]) + 1)                       # reached by step 4
-    code, said = runner(tmp_path, command(toy_folder, "cut", "--max-tokens", budget), die=34)
+    budget = str(sum(tokens[:2]) + 1)                       # reached by step 3
+    code, said = runner(tmp_path, command(toy_folder, "cut", "--max-tokens", budget), die=35)
     assert code == -signal.SIGKILL
     code, said = runner(tmp_path, ["--resume", "runs/cut"])
-    assert code == 0 and f"ended by --max-tokens {budget} after step 4 of 5" in said
+    assert code == 0 and f"ended by --max-tokens {budget} after step 3 of 6" in said
     result = json.loads((folder / "result.json").read_text())
-    assert result["steps"] == 4 and result["tokens"] == sum(tokens[:4])
-    assert checkpoint.load_state(folder / "state")[0] == 4 and (folder / "checkpoint").is_dir()
+    assert result["steps"] == 3 and result["tokens"] == sum(tokens[:3])
+    assert checkpoint.load_state(folder / "state")[0] == 3 and (folder / "checkpoint").is_dir()
     first = content(folder)
     code, said = runner(tmp_path, ["--resume", "runs/cut"])         # nothing left to do
     assert code == 0 and content(folder) == first
     code, said = runner(tmp_path, ["--resume", "runs/cut", "--max-tokens", "999999"])
     assert code == 0, said
     now, wanted = content(folder), content(whole)
+    assert now["metrics.jsonl"][2].pop("accuracy") == result["student_accuracy"]
     for name in ("metrics.jsonl", "checkpoint/model.safetensors", "state/state.safetensors"):
         assert now[name] == wanted[name], name
 
 
 def test_budgets_count_what_the_metrics_say():
-    log = [{"step": 1, "seconds": 1800.0, "tokens": 70}, {"step": 2, "seconds": 1800.0, "tokens": 30}]
+    log = [{"step": 1, "seconds": 1800.0, "tokens": 70},
+           {"step": 2, "seconds": 1800.0, "tokens": 30}]
     assert distill.spent(log, distill.Config()) == ""
     assert distill.spent(log, distill.Config(max_hours=1.0)) == "--max-hours 1.0"
     assert distill.spent(log, distill.Config(max_hours=1.01, max_tokens=101)) == ""
@@ -521,7 +527,7 @@ def test_flags_of_a_question_belong_together(argv, capsys):
 
 
 def test_the_readme_example_runs_without_this_repository(student, picture, tmp_path, capsys):
-    """As printed, but for the paths: in a folder with cue_recovery.py alone, it says what we say."""
+    """As printed, but for the paths: beside cue_recovery.py alone, it says what we say."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     code = next(block for block in blocks if "cue_recovery.load" in block)
     assert len(code.splitlines()) <= 20
