@@ -187,12 +187,10 @@ def same(a: Path, b: Path) -> None:
 
 # ---------------------------------------------------------------------------- kills
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy_folder, tmp_path,
-                                                              seed):
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy_folder, tmp_path):
     """PITFALLS 22. Before a random write of every process, resumed until it is done: metrics,
     sampled answers, result, kept students and state are those of the run that was left alone."""
-    rng, kills, folder = random.Random(seed), 0, tmp_path / "runs" / "cut"
+    rng, kills, folder = random.Random(0), 0, tmp_path / "runs" / "cut"
     code, said = runner(tmp_path, command(toy_folder, "cut"), die=rng.randint(3, 40))
     while code == -signal.SIGKILL:
         kills += 1
@@ -381,6 +379,21 @@ def test_the_newest_and_the_best_students_are_kept(tmp_path):
     last = {"step": 1_000_050, "accuracy": 0.9}
     assert checkpoint.keep_best(tmp_path, last, fake_save) == last
     assert checkpoint.keep_best(tmp_path, {**last, "step": 1_000_060}, fake_save) == last
+
+
+def test_half_a_removed_student_does_not_bear_its_name(tmp_path, monkeypatch):
+    """A removal that is killed leaves a folder with a config and no weights, or the reverse."""
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+    for step in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr("checkpoint.shutil.rmtree", killed)
+            with pytest.raises(KeyboardInterrupt) if step == 2 else contextlib.nullcontext():
+                checkpoint.keep_student(tmp_path, 1, {"step": step, "accuracy": 0.5}, fake_save)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step-000001.gone", "step-000002"}
+    checkpoint.keep_student(tmp_path, 1, {"step": 2, "accuracy": 0.5}, fake_save)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
 def test_a_run_keeps_what_it_says(whole):
