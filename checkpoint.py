@@ -5,6 +5,8 @@
     runs/NAME/rollouts.jsonl     a few sampled answers at every evaluation
     runs/NAME/result.json        written at the end
     runs/NAME/checkpoint/        the student, an ordinary Hugging Face folder (model.save)
+    runs/NAME/checkpoints/       with --keep N, the students of the last N evaluations: step-000050
+    runs/NAME/best/              and the one that answered best; evaluation.json in it says how well
     runs/NAME/state/             state.safetensors: all that is needed to go on, in one file
 
 The idea.  Every file is written under a temporary name and renamed when whole, so it is either the old
@@ -12,12 +14,19 @@ one or the new one. All that must agree (weights, optimizer moments, averaged te
 file: a kill between two renames cannot leave a pair that does not match. Random numbers need no saving:
 each step seeds its own generator from (seed, step), and so does the order of the data.
 
+Order.  A line of metrics.jsonl is written before the state of its step, and a resumed run forgets
+the lines beyond its state: a kill at any moment costs the steps since the last state, no more.
+A write that fails (a full disk) raises OSError, takes back its part, and leaves the old file whole.
+
 Use it alone: torch and safetensors.
 """
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,18 +37,43 @@ from safetensors.torch import save_file
 def write_text(path: Path, text: str) -> None:
     """The old text or the new one, never a part of it."""
     temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())             # the data must be on disk before the name is
+        os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _remove(temporary: Path) -> None:
+    """On a full disk every byte counts. What forbade writing may forbid this too: never mind."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def append_jsonl(path: Path, value: dict) -> None:
-    """One line, flushed at once: it survives a kill of this process."""
-    with open(path, "a", encoding="utf-8") as out:
-        out.write(json.dumps(value, ensure_ascii=False) + "\n")
+def append_jsonl(path: Path, value: dict, sync: bool = False) -> None:
+    """One line, handed to the system at once: it survives a kill, with `sync` also a power cut.
+
+    On a full disk OSError, and no part of the line stays: the next one would be glued to it.
+    """
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    try:
+        with open(path, "ab", buffering=0) as out:
+            size = out.seek(0, os.SEEK_END)
+            if out.write(line) < len(line):
+                out.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(out.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -66,15 +100,51 @@ def forget_after(path: Path, step: int) -> None:
         write_jsonl(path, [m for m in read_jsonl(path) if m["step"] <= step])
 
 
+def put_back(path: Path) -> None:
+    """If a kill came between the two renames of model.save, the folder before is the folder."""
+    old = Path(path).with_name(Path(path).name + ".old")
+    if old.exists() and not Path(path).exists():
+        os.replace(old, path)
+
+
+def keep_student(run: Path, keep: int, seen: dict, save) -> None:
+    """RUN/checkpoints/step-N for the newest `keep` evaluations, and RUN/best for the best so far.
+
+    seen: "step" and "accuracy" of now; save(folder, seen) writes the student, and seen beside it.
+    Equal accuracy keeps the earlier one. The same evaluation again (after a kill) changes nothing.
+    """
+    save(run / "checkpoints" / f"step-{seen['step']:06}", seen)
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name[5:]))[:-keep]:
+        os.replace(path, path.with_suffix(".gone"))     # half of it never bears its name
+    for path in (run / "checkpoints").glob("*.gone"):   # those of a killed run too
+        shutil.rmtree(path, ignore_errors=True)
+    keep_best(run, seen, save)
+
+
+def keep_best(run: Path, seen: dict, save) -> dict:
+    """Save the student as RUN/best if it beats the one there; returns the `seen` of the best."""
+    path = run / "best" / "evaluation.json"
+    best = json.loads(path.read_text()) if path.exists() else None
+    if best and best["accuracy"] >= seen["accuracy"]:
+        return best
+    save(run / "best", seen)
+    return seen
+
+
 def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
     """Write FOLDER/state.safetensors: the state after `step` finished steps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "state.safetensors.tmp"
+    path, temporary = folder / "state.safetensors", folder / "state.safetensors.tmp"
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(tensors, str(temporary), metadata={"step": str(step)})
-    with open(temporary, "rb+") as file:       # the data must be on disk before the name is
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / "state.safetensors")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(temporary), metadata={"step": str(step)})
+        with open(temporary, "rb+") as file:   # the data must be on disk before the name is
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        _remove(temporary)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:

@@ -33,6 +33,7 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -40,6 +41,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,6 +110,9 @@ class Config:
     name: str = option("", "of the run's folder below runs/ (default: the time)")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after")
     save_every: int = option(25, "steps between saved states for --resume")
+    keep: int = option(0, "keep the students of the last so many evaluations, and the best")
+    max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit")
+    max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit")
     device: str = option("", "cuda, cpu, ... (default: cuda if there is one)")
     dtype: str = option("", "of the weights (default: float32 on a CPU, else bfloat16)")
     attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
@@ -128,14 +133,15 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=f.metadata["help"], **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
-                        help="go on with this run, with its own settings (--steps may be raised)")
+                        help="go on with this run, with its own settings (--steps, --max-hours and "
+                             "--max-tokens may be raised)")
     typed = vars(parser.parse_args(argv))
     # argparse leaves alone what has a value already: parsed over Nones, only what was typed is set
     blank = argparse.Namespace(**dict.fromkeys(typed))
     changed = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
     resume, _ = typed.pop("resume"), changed.pop("resume", None)
     if resume:
-        other = sorted(set(changed) - {"steps"})
+        other = sorted(set(changed) - {"steps", "max_hours", "max_tokens"})
         if other:
             parser.error(f"--resume takes the run's own settings; leave out {', '.join(other)}")
         path = Path(resume) / "args.json"
@@ -150,6 +156,9 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
                  "save_every"):
         if getattr(config, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("keep", "max_hours", "max_tokens"):
+        if getattr(config, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
     return config, None
 
 
@@ -308,7 +317,8 @@ def describe(rollout: Rollout, answers: list[str]) -> dict:
     """Length, share cut off, and the word "hint" in the answers (those of all processes)."""
     hints = sum(sharding.gather([evaluate.count_hints(answer) for answer in answers]), [])
     lengths, stopped = (torch.cat(sharding.gather(x.cpu())) for x in (rollout.lengths, rollout.stopped))
-    return {"length": float(lengths.float().mean()), "cut_off": float((~stopped).float().mean()),
+    return {"length": float(lengths.float().mean()), "tokens": int(lengths.sum()),
+            "cut_off": float((~stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
 
 
@@ -429,37 +439,83 @@ def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
 
 def train_loop(student, teacher, processor, train, test, config, optimizer, folder, start) -> None:
     """Steps start .. config.steps - 1, each logged as a line of metrics.jsonl."""
-    stop, skipped = StopSignal(), 0
+    stop = StopSignal()
+    log = sharding.from_main(checkpoint.read_jsonl(folder / "metrics.jsonl"))
+    if spent(log, config):                   # resumed after its end
+        return
+    clock = time.perf_counter()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distil",
                dynamic_ncols=True, disable=not sharding.is_main())
     for step in bar:
         records = batch_of(train, step, config.batch_size, config.seed)
         metrics, answers = training_step(student, teacher, processor, records, config, step, optimizer)
         done = step + 1
-        skipped = skipped + 1 if metrics["skipped"] else 0
-        if skipped == 5:
+        log.append(metrics)
+        if len(log) >= 5 and all(m["skipped"] for m in log[-5:]):
             raise FloatingPointError(f"step {done}: the gradient was not finite five times in a row; "
                                      "lower --lr, or use --dtype float32")
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
                         tok_s=metrics["sample_tokens_per_second"])
-        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+        # one clock for all processes: they must agree on when the time is up
+        metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
+        last = done == config.steps or spent(log, config)
+        if config.eval_every and done % config.eval_every == 0 and not last:
             _, now = evaluate_on(student, processor, test, config)
             metrics["accuracy"] = now["accuracy"]
             tqdm.write(f"step {done:4}  {evaluate.line(now)}")
             if sharding.is_main():
                 keep_samples(folder, done, records, answers, config.privilege)
+            if config.keep:
+                save = student_saver(student, processor)
+                with forgiven(done):
+                    if sharding.is_main():
+                        checkpoint.keep_student(folder, config.keep, evaluation(done, now), save)
+            metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
+        clock = time.perf_counter()
         if sharding.is_main():
-            checkpoint.append_jsonl(folder / "metrics.jsonl", metrics)
+            checkpoint.append_jsonl(folder / "metrics.jsonl", metrics, sync=True)
         asked = any(sharding.gather(stop.asked))     # a signal may reach one process a step earlier
-        if asked or done % config.save_every == 0 or done == config.steps:
+        if asked or last or done % config.save_every == 0:
             tensors = sharding.whole(state_tensors(optimizer, teacher, config))
-            if sharding.is_main():
-                checkpoint.save_state(folder / "state", done, tensors)
+            with forgiven(done, fatal=asked or last):
+                if sharding.is_main():
+                    checkpoint.save_state(folder / "state", done, tensors)
         if asked:
             bar.close()
             sharding.barrier()                       # torchrun ends all as soon as one has left
             print(f"stopped after step {done}; go on with\n  python distill.py --resume {folder}")
             raise SystemExit(130)
+        if last:
+            bar.close()
+            break
+
+
+def spent(log: list[dict], config) -> str:
+    """The limit that a run's metrics (over all resumes) have reached, if any: it ends early."""
+    hours, tokens = (sum(m.get(key, 0) for m in log) for key in ("seconds", "tokens"))
+    if config.max_hours and hours >= 3600 * config.max_hours:
+        return f"--max-hours {config.max_hours}"
+    return f"--max-tokens {config.max_tokens}" if 0 < config.max_tokens <= tokens else ""
+
+
+@contextlib.contextmanager
+def forgiven(step: int, fatal: bool = False):
+    """A failed save amid a run is reported: the one before is whole, the next one may succeed."""
+    try:
+        yield
+    except OSError as error:
+        if fatal:
+            raise
+        tqdm.write(f"step {step}: {error}; going on, what was saved before is whole")
+
+
+def student_saver(student, processor):
+    """save(folder, notes=None) writes the student; the weights are gathered here, by all processes."""
+    return partial(qwen.save, student, processor, weights=sharding.weights(student))
+
+
+def evaluation(step: int, summary: dict) -> dict:
+    return {"step": step, "accuracy": summary["accuracy"], "n": summary["n"]}
 
 
 class StopSignal:
@@ -487,19 +543,39 @@ def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def resume_run(folder: Path, optimizer, teacher, config) -> int:
-    """Load the saved state; returns the number of finished steps."""
-    done, tensors = checkpoint.load_state(folder / "state") if sharding.is_main() else (0, {})
-    done, tensors = sharding.from_main(done), sharding.cut(tensors)
-    optimizer.load_tensors(tensors)
-    if config.teacher == "ema":
-        with torch.no_grad():
-            for name, parameter in teacher.named_parameters():
-                parameter.copy_(tensors[f"teacher/{name}"])
+def read_state(folder: Path) -> tuple[int, dict]:
+    """(finished steps, tensors) of a killed run, whose files are then brought back to that step."""
+    done, tensors, log = 0, {}, checkpoint.read_jsonl(folder / "metrics.jsonl")
+    if (folder / "state" / "state.safetensors").exists() or (folder / "result.json").exists():
+        done, tensors = checkpoint.load_state(folder / "state")
+    if len(log) < done:
+        raise ValueError(f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the "
+                         "saved state; budgets and result.json count them. Was it changed?")
+    if done and not (folder / "before.json").exists():
+        raise FileNotFoundError(f"{folder / 'before.json'} is missing, and the base of a student "
+                                "that is trained already cannot be evaluated")
+    for name in ("checkpoint", "best"):
+        checkpoint.put_back(folder / name)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        if sharding.is_main():
-            checkpoint.forget_after(folder / name, done)
-    print(f"resuming {folder} after step {done}")
+        checkpoint.forget_after(folder / name, done)
+    return done, tensors
+
+
+def resume_run(folder: Path, optimizer, teacher, config) -> int:
+    """Load the saved state; returns the number of finished steps.
+
+    A run that was killed before its first state begins again, at step 0.
+    """
+    done, tensors = read_state(folder) if sharding.is_main() else (0, {})
+    done = sharding.from_main(done)
+    if done:
+        tensors = sharding.cut(tensors)
+        optimizer.load_tensors(tensors)
+        if config.teacher == "ema":
+            with torch.no_grad():
+                for name, parameter in teacher.named_parameters():
+                    parameter.copy_(tensors[f"teacher/{name}"])
+    print(f"resuming {folder} after step {done}" + (" (no saved state yet)" if not done else ""))
     return done
 
 
@@ -513,15 +589,23 @@ def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> N
 def finish(student, processor, test, config, folder, before, started) -> None:
     """Last evaluation, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, label="student, no hint")
-    weights = sharding.weights(student)
+    save = student_saver(student, processor)
     if not sharding.is_main():
         return
-    qwen.save(student, processor, folder / "checkpoint", weights)
+    save(folder / "checkpoint")
     metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
+    metrics[-1]["accuracy"] = after["accuracy"]
+    checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
+    best = max((m for m in metrics if "accuracy" in m), key=lambda m: m["accuracy"])
+    if config.keep:
+        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], after), save)
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
     result = {f"{name}_{key}": value for name, summary in models.items()
               for key, value in summary.items() if key != "n"}
     result |= {"n": after["n"], "seconds": round(time.time() - started, 1),
+               "steps": len(metrics), "tokens": sum(m.get("tokens", 0) for m in metrics),
+               "best": {"step": best["step"], "accuracy": best["accuracy"],
+                        "folder": "best" if config.keep else None},
                "hint_rows": sum(m["hint_rows"] for m in metrics),
                "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
                "parameters_added": sum(p.numel() for name, p in student.named_parameters()
@@ -529,6 +613,12 @@ def finish(student, processor, test, config, folder, before, started) -> None:
     checkpoint.write_json(folder / "result.json", result)
     print(evaluate.before_after(before["rows"], rows))
     print(evaluate.table(models))
+    why = spent(metrics, config)
+    if why and len(metrics) < config.steps:
+        print(f"ended by {why} after step {len(metrics)} of {config.steps}; raise it to go on")
+    print(f"best of {sum('accuracy' in m for m in metrics)} evaluations: step {best['step']}, "
+          f"accuracy {evaluate.percent(best['accuracy'])} %"
+          + (f", kept in {folder / 'best'}" if config.keep else ""))
     print(f"rollouts with the word \"hint\": {result['hint_rows']} of {result['rollouts']}\n"
           f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with\n"
           f"  python evaluate.py --model {folder / 'checkpoint'}")
@@ -558,11 +648,16 @@ def main(argv=None) -> None:
         if sharding.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "args.json", asdict(config))
+            started -= sum(m.get("seconds", 0) for m in checkpoint.read_jsonl(folder / "metrics.jsonl"))
     except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
         raise SystemExit(f"distill.py: {error}")
-    before = evaluate_before(student, teacher, processor, test, config, folder)
-    train_loop(student, teacher, processor, train, test, config, optimizer, folder, start)
-    finish(student, processor, test, config, folder, before, started)
+    try:
+        before = evaluate_before(student, teacher, processor, test, config, folder)
+        train_loop(student, teacher, processor, train, test, config, optimizer, folder, start)
+        finish(student, processor, test, config, folder, before, started)
+    except OSError as error:                      # a full disk: what was saved before is whole
+        raise SystemExit(f"distill.py: {error}; when this is mended, go on with "
+                         f"python distill.py --resume {folder}") from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Run
     python evaluate.py --model runs/NAME/checkpoint                      on the toy world's test records
     python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
+    python evaluate.py --model M --ask "How many dots?" --image a.png    one question, to look at
     python evaluate.py report runs/NAME --out report.html                a run as one page (report.py)
     python evaluate.py compare runs/A runs/B --out grid                  runs as one table (compare.py)
 
@@ -30,6 +31,7 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import benchmarks
@@ -285,15 +287,25 @@ def main(argv=None) -> None:
                         help="decoding and pixel budget of the paper's table 4")
     parser.add_argument("--any-rows", action="store_true",
                         help="take a benchmark file whose number of rows is not the official one")
+    parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
+    parser.add_argument("--image", action="append", default=[],
+                        help="with --ask: a picture; may be given several times, or not at all")
+    parser.add_argument("--hint", help="with --ask: a privileged line, as a teacher would see it")
     parser.add_argument("--rescore", action="store_true",
                         help="grade the saved answers of --out again, without the model")
     args = parser.parse_args(argv)
     if args.preset == "paper":         # its values are defaults, so that single flags override them
         parser.set_defaults(**PAPER)
         args = parser.parse_args(argv)
+    if args.ask is None and (args.image or args.hint):
+        parser.error("--image and --hint belong to --ask")
+    if args.ask is not None and (args.benchmark or args.data):
+        parser.error("--ask answers one question: leave out --benchmark and --data")
     quiet()
     try:
-        if args.benchmark:
+        if args.ask is not None:
+            main_ask(args)
+        elif args.benchmark:
             main_benchmark(args)
         else:
             main_records(args)
@@ -314,9 +326,33 @@ def look(command: str, *argv: str) -> None:
         raise SystemExit(f"evaluate.py: {error}")
 
 
+def main_ask(args) -> None:
+    """Print the answer to one question; a wrong picture is found before the model is loaded."""
+    for path in args.image:
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except Exception as error:      # Pillow's readers raise many kinds
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise ValueError(f"--image {path}: cannot be read: {reason}") from None
+    own = run_settings(Path(args.model))
+    model, processor = load(args.model, args.dtype or None, args.device or None,
+                            min_pixels=args.min_pixels or own["min_pixels"] or None,
+                            max_pixels=args.max_pixels or own["max_pixels"] or None)
+    record = {"id": "of --ask", "images": args.image, "question": args.ask}
+    batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
+    got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
+                 temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                 presence_penalty=args.presence_penalty, **processor.sampling,
+                 generator=torch.Generator().manual_seed(args.seed))
+    print(processor.decode(got.ids[0]))
+    if not got.stopped[0]:
+        print(f"(cut off after {int(got.lengths[0])} tokens; --max-new-tokens)", file=sys.stderr)
+
+
 def main_records(args) -> None:
     own = run_settings(Path(args.model))
-    data = args.data or own["eval_data"]
+    data = args.data or own["eval_data"] or str(toy.default() / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
     needs = () if args.privilege == "none" else (args.privilege,)
     records = record_files.load(data, needs)[:limit or None]
@@ -361,10 +397,10 @@ def main_benchmark(args) -> None:
 
 def run_settings(model: Path) -> dict:
     """What a run evaluated its checkpoint with, so that the same number comes out; else defaults."""
-    args = model.parent / "args.json"
-    if args.exists():
-        return json.loads(args.read_text(encoding="utf-8"))
-    return {"eval_data": str(toy.default() / "test.jsonl"), "eval_limit": 0, "max_new_tokens": 1024,
+    for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
+        if (run / "args.json").exists():
+            return json.loads((run / "args.json").read_text(encoding="utf-8"))
+    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024,
             "min_pixels": 0, "max_pixels": 0}
 
 

@@ -16,7 +16,7 @@ The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  vis
 size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
-tokenizers, numpy and pillow. No torchvision, no AutoProcessor, no Jinja.
+tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja.
 
 What differs from the class's own processor, and why:
 1) Text from a record can never become a control token. The stock tokenizer turns the string
@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
@@ -368,6 +369,10 @@ def find_folder(path) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub."""
     if Path(path).is_dir():
         return Path(path)
+    old = Path(f"{Path(path)}.old")
+    if old.is_dir():        # save() was killed between its two renames, so the old one is the last
+        print(f"{path} is not there, reading {old}, which a killed save left behind")
+        return old
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
                                 f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
@@ -432,15 +437,37 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def save(model, processor: Processor, folder, weights: dict | None = None) -> None:
+def save(model, processor: Processor, folder, notes: dict | None = None,
+         weights: dict | None = None) -> None:
     """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
 
-    weights: a state dict to be written instead of the model's own, as of a model cut over several GPUs.
-    The folder appears under its name only when whole: a crash leaves FOLDER.tmp, never half of it.
+    The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
+    kill between the two renames leaves FOLDER.old, the one before, which load() then reads.
+    notes: written beside the weights as evaluation.json. weights: a state dict to be written instead
+    of the model's own, as of a model cut over several GPUs. Raises OSError when the disk is full.
     """
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(model, processor, temporary, weights)
+        if notes is not None:
+            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
+        for path in temporary.iterdir():       # the data must be on disk before the name is
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
+        raise OSError(f"cannot write {folder}: {error}") from error
+    # FOLDER.old goes only now: after a kill between the two renames it may be the last whole one
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(model, processor, temporary: Path, weights) -> None:
     cue = getattr(model, "cue_recovery", None)
     weights = model.state_dict() if weights is None else weights
     module = {k: v for k, v in weights.items() if k.startswith("cue_recovery.")}
@@ -458,12 +485,6 @@ def save(model, processor: Processor, folder, weights: dict | None = None) -> No
         (temporary / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
     if cue is not None:
         cue.save(temporary / CUE_FILE, {k.removeprefix("cue_recovery."): v for k, v in module.items()})
-    # FOLDER.old goes only now: after a crash between the two renames it may be the last whole one
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_json(path: Path, missing=None) -> dict:
