@@ -93,7 +93,8 @@ def peers():
         print(f"rank {rank} of {world} stops: another process is gone (torchrun says below which). "
               f"--resume goes on from the last saved state. [{reason}]", file=sys.stderr, flush=True)
         time.sleep(1)        # torchrun blames the first failure that it sees, every 0.1 s
-        raise SystemExit(1) from None
+        sys.stdout.flush()
+        os._exit(1)          # at once: an orderly end may wait for the dead
     if outer and world > 1:
         torch.distributed.destroy_process_group()
         rank, world, device, mesh = 0, 1, None, None

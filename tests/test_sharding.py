@@ -28,7 +28,8 @@ import sharding
 SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "6", "--steps", "3",
          "--temperature", "2", "--eval-limit", "1", "--eval-every", "0", "--save-every", "1",
          "--warmup", "1", "--device", "cpu"]
-MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3"]
+MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3",
+         "--eval-every", "2", "--keep", "1"]
 RUNS = {"mixed": MIXED,
         # rank 1 has no row at all
         "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1", "--train", "cue",
@@ -179,8 +180,8 @@ def start(loaded):
     return model.state_dict()
 
 
-def weights(folder, name):
-    model, _ = qwen.load(folder / "runs" / name / "checkpoint", device="cpu")
+def weights(folder, name, which="checkpoint"):
+    model, _ = qwen.load(folder / "runs" / name / which, device="cpu")
     return model.state_dict()
 
 
@@ -217,6 +218,8 @@ def test_the_checkpoint_is_that_of_one_process(launched, start, name):
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     assert (one / "config.json").read_text() == (two / "config.json").read_text()
     same_change(start, weights(folder / "one", name), weights(folder / "two", name))
+    if name == "mixed":
+        same_change(start, *(weights(folder / n, name, "checkpoints/step-000002") for n in ("one", "two")))
     before = [json.loads((folder / n / "runs" / name / "before.json").read_text()) for n in ("one", "two")]
     assert before[0] == before[1]
 
