@@ -1,16 +1,16 @@
 """vision.py - a frozen vision tower reads each picture once, not at every forward pass.
 
-The idea.  A step of distillation shows each picture three times: to the student that samples, to the
-teacher that scores, to the student that is trained. While the tower is frozen, and the teacher's is the
-same, its answer is the same too. And pictures do not see each other in the tower: attention stays inside
-a frame. So what it says of a prompt's pictures can take the place of their pixels *in the prompt*, and
-whatever is done with prompts later (cut into batches, hinted, repeated) needs to know nothing of it:
+The idea.  A step of distillation shows each picture three times: to the student that samples, to
+the teacher that scores, to the student that is trained. While the tower is frozen, and the teacher's
+is the same, its answer is the same too. And pictures do not see each other in the tower: attention
+stays inside a frame. So what it says of a prompt's pictures can take the place of their pixels *in
+the prompt*, and what is done with prompts later (cut into batches, hinted) need not know of it:
 
     prompt.pixels   (patches, 3 * temporal * P * P)      before: what the tower reads
                     (visual tokens, (1 + K) * D)         after:  what it says, side by side
 
-The one equation.  The tower's answer for one visual token: its embedding, and the K DeepStack features
-that are added behind the first K decoder layers, with the model's own hidden size D
+The one equation.  The tower's answer for one visual token: its embedding, and the K DeepStack
+features that are added behind the first K decoder layers, all of the model's hidden size D
     f = [ merger(h_last) ; merger_1(h_l1) ; ... ; merger_K(h_lK) ]
 
 In:  prompts as model.py makes them, and the models that are going to read them.
@@ -21,8 +21,8 @@ Use it alone (torch, and a Qwen3-VL of transformers 5.4 or later):
     model(**processor.batch(prompts))                     # in any order, with either model
     del model.model.visual.forward                        # the stock tower again
 
-Why this way: transformers 5.18 and later take features as an argument, earlier ones do not; and what a
-tower returns changed its form on the way, but never the two names used here.
+Why this way: transformers 5.18 and later take features as an argument, earlier ones do not; and what
+a model makes of its tower's answer changed on the way, but never the two names used here.
 Left out: keeping features from one epoch to the next. They cost as much memory as the pixels.
 """
 from __future__ import annotations
@@ -41,12 +41,12 @@ KINDS = (("pixels", "grids"), ("video", "video_grids"))
 def read_once(prompts: list, *models, rows: int = 32) -> list:
     """The prompts with features in place of pixels, made by the first model's tower.
 
-    models: all that are to read the prompts; their towers must be equal and frozen, the caller sees to
-    it. rows: prompts read at a time, which bounds memory. The features wait in the computer's memory,
-    as the pixels did: for Qwen3-VL in bf16 they are two thirds of the pixels' size.
+    models: all that are to read the prompts; that their towers are equal and frozen is for the caller
+    to see to. rows: prompts read at a time, which bounds memory. The features wait on the CPU as the
+    pixels did: for the 2B in bf16 they take two thirds of the pixels' bytes.
     """
     for model in models:
-        # A method, not a closure: a deep copy of the model then hands its own tower's features through.
+        # a method, not a closure: a deep copy of the model then has its own tower's
         model.model.visual.forward = MethodType(read_or_hand_through, model.model.visual)
     tower = models[0].model.visual
     out = list(prompts)
@@ -67,8 +67,8 @@ def read_once(prompts: list, *models, rows: int = 32) -> list:
 
 def read_or_hand_through(tower, pixels, grid_thw, **options):
     """The tower's forward(): pixels are read as ever, features are given back as if just made."""
-    # Told apart by their number, never by their width, which may agree: a visual token is made of 4
-    # patches, and the grids count patches.
+    # told apart by their number, not by their width, which may agree: the grids count patches, and a
+    # visual token is made of four
     if len(pixels) == int(grid_thw.prod(dim=1).sum()):
         return type(tower).forward(tower, pixels, grid_thw=grid_thw, **options)
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures

@@ -1,4 +1,4 @@
-"""The step as a whole: no picture is decoded twice, and little of what a forward pass reads is padding."""
+"""The step as a whole: no picture is decoded twice, and little of what is scored is padding."""
 import doctest
 import math
 import random
@@ -95,8 +95,8 @@ def padded_share(processor, prompts, hinted, rollout, groups) -> tuple[float, in
 def test_at_most_a_tenth_of_what_is_scored_is_padding(loaded, seed):
     """Measured on what the forward passes read, at the paper's batch and the default budget.
 
-    A long prompt with a short answer and a short prompt with a long one were once padded to both long
-    ends: a third was padding, and a pass read 27,706 tokens under a budget of 16,384.
+    A long prompt with a short answer and a short prompt with a long one were once padded to both
+    long ends: a third was padding, and a pass read 27,706 tokens under a budget of 16,384.
     """
     _, processor = loaded
     prompts, hinted, rollout = heavy_tailed(seed)

@@ -4,19 +4,19 @@
     python tests/benchmarks/step.py --quick    under one minute; noisy
     OMP_NUM_THREADS=1 is set unless you set it; the numbers of README.md were made so.
 
-Four questions, on the CPU, on copies that do not learn (a rate of 1e-12), so every round does the same:
+Four questions, on the CPU, on copies that do not learn (a rate of 1e-12): every round does the same.
 1) Phases. Where do the seconds of one step of the tiny default go?
-2) Plain. Our step against the same step written as one would write it first: the class's generate(),
-   one padded batch, whole logits, pictures decoded and read by the tower for every pass.
-3) TRL. Our step against trl's DistillationTrainer, which takes pictures: same checkpoint, records, batch,
-   length, forward KL, float32, no privilege and no module (it has neither). Needs trl (see README.md);
-   without it this part says so and is left out. Its Trainer loop is not timed, only its step and AdamW.
-   The tiny model's answers are all short (20 to 60 tokens). A real model's are not, so 2) and 3) are run
-   again with random weights, which say anything, and eight stop ids: lengths fall off exponentially.
-4) Frozen. --freeze-vision with and without reading each picture once, on a random model whose tower and
-   language model stand to each other as in the 2B: 24 blocks and 28 layers, both an eighth as wide.
+2) Plain. Our step against the same step as one would write it first: the class's generate(), one
+   padded batch, whole logits, pictures decoded and read by the tower for every pass.
+3) TRL. Our step against trl's DistillationTrainer, which takes pictures: same checkpoint, records,
+   batch, limit, forward KL, float32, no privilege and no module (it has neither). Needs trl (see
+   README.md); without it this part says so and is left out. Its loop is not timed, only its step.
+   The tiny model's answers are all short (20 to 60 tokens). A real model's are not, so 2) and 3) are
+   run again with random weights, which say anything, and eight stop ids: geometric lengths.
+4) Frozen. --freeze-vision with and without reading each picture once, on a random model whose tower
+   and language model stand to each other as in the 2B: 24 blocks and 28 layers, an eighth as wide.
 
-Contenders take turns in one process. Seconds are the CPU seconds of this process, since others may share
+Contenders take turns in one process. Seconds are CPU seconds of this process, since others may share
 the machine; medians over the rounds. The last line is one JSON object.
 """
 from __future__ import annotations
@@ -113,7 +113,8 @@ def plain(student, teacher, processor, config):
 def trl_trainer(folder, defaults: bool, max_new_tokens: int, size: int):
     """A function (records, step) -> mean length, that makes one step of trl's DistillationTrainer.
 
-    folder: a checkpoint with the tiny one's tokenizer and picture settings. defaults: trl's own gradient checkpointing and bf16 instead of our settings (none, float32).
+    folder: a checkpoint with the tiny one's tokenizer and picture settings.
+    defaults: trl's own gradient checkpointing and bf16 instead of our settings (none, float32).
     """
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -168,8 +169,8 @@ def trl_trainer(folder, defaults: bool, max_new_tokens: int, size: int):
 def ragged_checkpoint() -> Path:
     """The tiny checkpoint with random weights and eight stop ids: answers of geometric length.
 
-    Each token stops with a chance of about 8 in 470, so 32 rows have a mean near 59 and a longest near
-    240. Nothing can be learnt from it but the time.
+    Each token stops with a chance of about 8 in 470: 32 rows have a mean near 59, and the longest is
+    near 240. Nothing can be learnt from it but the time.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
     folder = Path(tempfile.mkdtemp())
@@ -188,7 +189,8 @@ def ragged_checkpoint() -> Path:
 def race(contenders: dict, batches: list) -> dict:
     """Every contender makes every step, in turns; the first batch only warms up.
 
-    Returns {name: {"seconds": median of CPU seconds, "wall": of wall seconds, "length": tokens a row}}.
+    Returns {name: {"seconds", "wall", "length"}}: medians of CPU and wall seconds, mean tokens a row
+    (each contender draws its own answers, so look at these before believing a ratio).
     """
     taken = {name: [] for name in contenders}
     for number, batch in enumerate(batches):
@@ -196,15 +198,16 @@ def race(contenders: dict, batches: list) -> dict:
             start, wall = clock(), time.perf_counter()
             length = step(batch, number)
             taken[name].append((clock() - start, time.perf_counter() - wall, length))
-    return {name: {key: statistics.median(row[i] for row in rows[1:])
-                   for i, key in enumerate(("seconds", "wall", "length"))}
+    return {name: {"seconds": statistics.median(row[0] for row in rows[1:]),
+                   "wall": statistics.median(row[1] for row in rows[1:]),
+                   "length": statistics.mean(row[2] for row in rows[1:])}
             for name, rows in taken.items()}
 
 
 # ---------------------------------------------------------------------------- phases
 
 class Phases:
-    """CPU seconds of the parts of training_step, by wrapping what it calls. Left as found at the end."""
+    """CPU seconds of the parts of training_step, by wrapping what it calls; `undo` unwraps it."""
 
     def __init__(self, student, teacher, processor, optimizer):
         self.seconds, self.undo, self.side, self.left = {}, contextlib.ExitStack(), "", {}
@@ -293,7 +296,7 @@ def phases(batches, config) -> dict[str, float]:
 
 
 def models(config):
-    """Student with the module, its frozen copy, and the processor, as `python distill.py` makes them."""
+    """Student, teacher and processor, as `python distill.py` makes them."""
     with contextlib.redirect_stdout(sys.stderr):
         return distill.build_models(config)
 
@@ -401,7 +404,7 @@ def main() -> None:
 
     config, ragged = our_setting(), ragged_checkpoint()
     wild = our_setting(student=str(ragged), max_new_tokens=384)
-    fewer = batches[:2 + rounds // 3]
+    fewer = batches[:2 + rounds // 2]
     compete("short answers", batches, config, {"plain": plain(*models(config), config)})
     compete("ragged answers", fewer, wild, {"plain": plain(*models(wild), wild)})
 
