@@ -23,7 +23,8 @@ Use it alone (torch, and a Qwen3-VL of transformers 5.4 or later):
 
 Why this way: transformers 5.18 and later take features as an argument, earlier ones do not; and what
 a model makes of its tower's answer changed on the way, but never the two names used here.
-Left out: keeping features from one epoch to the next. They cost as much memory as the pixels.
+Left out: keeping features from one epoch to the next, since they take about as much memory as the
+pixels; and several processes (sharding.py), where the tower's layers need all ranks at once.
 """
 from __future__ import annotations
 
