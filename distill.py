@@ -39,6 +39,7 @@ import math
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -53,6 +54,7 @@ import evaluate
 import model as qwen
 import sharding
 import teacher as teaching
+import vision
 from data import records as record_files, toy
 from loss import distill_loss
 from optimizer import Optimizer
@@ -127,11 +129,15 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
     """Settings from the command line; with --resume those of the run, and its folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    vision_flags = parser.add_mutually_exclusive_group()
+    vision_flags.add_argument("--freeze-vision", dest="train", action="store_const",
+                              const="language", default=argparse.SUPPRESS,
+                              help="the same as --train language")
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": type(f.default), "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=f.metadata["help"], **kind)
+        (vision_flags if f.name == "train" else parser).add_argument(
+            "--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
                         help="go on with this run, with its own settings (--steps, --max-hours and "
                              "--max-tokens may be raised)")
@@ -169,7 +175,7 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     """The algorithm. Returns the step's metrics and an answer to each record as text."""
     # 1) prompts: what the student sees, and the same with the privilege in it
     mine = sharding.share(records)        # all of them, unless several processes share the step
-    prompts = [processor.prompt(r) for r in mine]
+    prompts = read_prompts(student, teacher, processor, mine, config)
     hinted = [processor.prompt(r, teaching.hint(r, config.privilege), seen=prompt)
               for r, prompt in zip(mine, prompts)]
     # 2) rollout: the student answers (eq. 6: y ~ p_theta)
@@ -215,6 +221,16 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
             "skipped": int(not math.isfinite(norm)), **clock.metrics()}, sharding.collect(answers[::K])
 
 
+def read_prompts(student, teacher, processor, records, config) -> list[qwen.Prompt]:
+    """What the student sees of each record. A picture is decoded here, once a step, never again."""
+    with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
+        prompts = list(pool.map(processor.prompt, records))
+    if config.train != "all" and config.teacher == "self" and sharding.world == 1:
+        # one frozen tower in both models: each picture goes through it once, not three times
+        prompts = vision.read_once(prompts, student, teacher, rows=config.sample_batch)
+    return prompts
+
+
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     """Sample K responses to every prompt, about `sample_batch` rows at a time; a Rollout for all."""
     # drawn for the whole step at once, so that a token does not depend on how the step is cut
@@ -248,25 +264,54 @@ def response_states(model, processor, prompts, rows, ids, mask, blanks=()) -> to
     """
     batch = processor.batch([*(prompts[row] for row in rows), *blanks], device=model.device)
     ids, mask = (torch.cat([x, x.new_zeros(len(blanks), x.shape[1])]) for x in (ids, mask))
-    both = append_response(batch, ids, mask.sum(dim=1))
+    lengths = mask.sum(dim=1, keepdim=True)                                              # (B, 1)
+    both = close_gaps(append_response(batch, ids, lengths[:, 0]))
+    end = batch["attention_mask"].sum(dim=1)             # (B,) columns of each prompt, gaps closed
     cue = getattr(model, "cue_recovery", None)
-    with cue.prompt(batch["input_ids"].shape[1]) if cue else nullcontext():
-        hidden = sharding.last_hidden_state(model, **both, use_cache=False)              # (B, L + T, D)
+    with cue.prompt(end) if cue else nullcontext():
+        hidden = sharding.last_hidden_state(model, **both, use_cache=False)              # (B, W, D)
     # the state at column t predicts the token at t + 1, so the response is read one column early
-    return hidden[:, -ids.shape[1] - 1:-1][mask]
+    place = torch.arange(hidden.shape[1], device=ids.device) - (end[:, None] - 1)        # (B, W)
+    return hidden[(place >= 0) & (place < lengths)]
+
+
+def close_gaps(batch: dict) -> dict:
+    """Move every row to the left, so that W columns are the longest row and no more.
+
+    A long prompt with a short answer and a short prompt with a long one, padded on their own sides,
+    are as wide as both long ones together. Padding then only follows: no token can look ahead to
+    it, so the mask is left out, and the attention kernel need not read one.
+
+    >>> batch = {"input_ids": torch.tensor([[0, 7, 8, 1, 2], [0, 0, 6, 3, 9]]), "position_ids":
+    ...          torch.arange(5).expand(3, 2, 5), "attention_mask":
+    ...          torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0]]), "image_grid_thw": "as it was"}
+    >>> close_gaps(batch)["input_ids"].tolist()
+    [[7, 8, 1, 2], [6, 3, 9, 9]]
+    """
+    mask = batch["attention_mask"].long()
+    # padding is what the last column holds: the end of this response, never a piece of a picture
+    columns = mask.argmax(dim=1, keepdim=True) + torch.arange(int(mask.sum(dim=1).max()),
+                                                              device=mask.device)
+    columns = columns.clamp(max=mask.shape[1] - 1)                                       # (B, W)
+    pictures = {k: v for k, v in batch.items()
+                if k.startswith(("pixel_values", "image_", "video_"))}
+    return {"input_ids": batch["input_ids"].gather(1, columns), **pictures,
+            "position_ids": batch["position_ids"].gather(2, columns.expand(3, -1, -1))}
 
 
 def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
     """Rows grouped by length, so that a group padded to its longest row stays within `budget` tokens.
 
-    A row longer than the budget gets a group of its own.
+    A row longer than the budget gets a group of its own, and a row much shorter than its group
+    starts the next one: a small forward pass costs less than a large one of padding.
     """
     sizes = [max(len(a.ids), len(b.ids)) + int(n)
              for a, b, n in zip(prompts, hinted, rollout.lengths)]
     groups = []
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
         # longest first: the first row of a group sets its width
-        if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]] <= budget:
+        width = sizes[groups[-1][0]] if groups else 0
+        if width and (len(groups[-1]) + 1) * width <= budget and sizes[row] >= 0.8 * width:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -103,11 +103,12 @@ def patchify(frames: np.ndarray, patch: int, merge: int, temporal: int) -> tuple
     """
     short = -len(frames) % temporal
     frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
-    x = frames.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0     # (F, 3, H, W)
-    t, gh, gw = len(x) // temporal, x.shape[2] // patch, x.shape[3] // patch
-    x = x.reshape(t, temporal, 3, gh // merge, merge, patch, gw // merge, merge, patch)
-    x = x.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)    # t, block row, block col, row, col, 3, temporal, P, P
-    return torch.from_numpy(np.ascontiguousarray(x).reshape(t * gh * gw, -1)), (t, gh, gw)
+    t, gh, gw = len(frames) // temporal, frames.shape[1] // patch, frames.shape[2] // patch
+    x = frames.reshape(t, temporal, gh // merge, merge, patch, gw // merge, merge, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)    # t, block row, block col, row, col, 3, temporal, P, P
+    # bytes are put in order first: floats are four times as much to move
+    x = np.ascontiguousarray(x).reshape(t * gh * gw, -1).astype(np.float32) / 127.5 - 1.0
+    return torch.from_numpy(x), (t, gh, gw)
 
 
 # ---------------------------------------------------------------------------- prompts
@@ -358,8 +359,12 @@ def rope_positions(prompt: Prompt, image_id: int, merge: int, video_id: int = -1
             pieces.append(block.T)
             start, here = start + t * h * w, here + max(t, h, w)
         else:
-            pieces.append(torch.full((3, 1), here))
-            start, here = start + 1, here + 1
+            end = start + 1
+            while end < len(prompt.ids) and prompt.ids[end] not in grids:
+                end += 1
+            n = end - start                     # a run of text at once: a tensor per word is slow
+            pieces.append((torch.arange(n) + here).expand(3, -1))
+            start, here = end, here + n
     return torch.cat(pieces, dim=1)
 
 

@@ -39,9 +39,10 @@ class Optimizer:
         for name, master in zip(self.names, self.masters):
             rate = cue_lr if name.startswith("cue_recovery.") else lr
             groups.setdefault(rate, []).append(master)
+        # fused: one pass over the weights; the default makes copies as large as they are
         self.adam = torch.optim.AdamW([{"params": masters, "base": rate, "lr": rate}
                                        for rate, masters in groups.items()],
-                                      betas=(0.9, 0.999), weight_decay=weight_decay)
+                                      betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
     def step(self, step: int) -> float:
         """Clip, set the rate of step `step` (from 0), update, clear. Returns the gradient norm before.
@@ -86,6 +87,5 @@ class Optimizer:
                 parameter.copy_(master)
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}/{name}" in tensors:          # absent if it never had a gradient
-                    value = tensors[f"{key}/{name}"]
-                    self.adam.state[master][key] = value.clone() if key == "step" else value.to(
-                        master.device, copy=True)
+                    self.adam.state[master][key] = tensors[f"{key}/{name}"].to(master.device,
+                                                                               copy=True)
