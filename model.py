@@ -398,7 +398,8 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
 
     dtype: default float32 on the CPU, bfloat16 on an accelerator. device: default cuda if there is
     one, else cpu. If the folder holds cue_recovery.safetensors the module is attached (`cue=False`
-    leaves it out, as every teacher needs). Raises for another architecture or a partial checkpoint.
+    leaves it out, as every teacher needs). Raises for another architecture, and for a checkpoint whose
+    weights are not exactly those of the model: one missing, one too many, one of another shape.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
     folder = find_folder(path)
@@ -416,15 +417,8 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
             config = AutoConfig.from_pretrained(folder)
             model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype,
                                                                  attn_implementation=attention)
-        info = {"missing_keys": []}
     else:
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-            local_files_only=True)
-    if info["missing_keys"]:
-        # transformers fills what is missing with random numbers and only warns
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{folder}: {len(missing)} weights are missing: {missing[:5]}")
+        model = _read_weights(folder, dtype, attention)
     model = model.to(device).eval()
     if cue and (folder / CUE_FILE).exists():
         try:
@@ -436,6 +430,40 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
+def _read_weights(folder: Path, dtype, attention: str):
+    """The model of a folder that has exactly its weights."""
+    from transformers import Qwen3VLForConditionalGeneration
+    _check_files(folder)
+    try:
+        # ignore: a wrong shape is to be reported below, by name, with the others
+        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
+            local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: damaged weights, perhaps an unfinished download: "
+                         f"{error}") from None
+    # transformers fills what is missing with random numbers and only warns
+    wrong = {"of another shape": [f"{name} {tuple(found)}, expected {tuple(expected)}"
+                                  for name, found, expected in info["mismatched_keys"]],
+             "missing": info["missing_keys"], "unknown to this class": info["unexpected_keys"]}
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(f"{folder}: {len(names)} weights are {what}: {sorted(names)[:5]}")
+    return model
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder without weights, or without a file that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists() and not (folder / "model.safetensors").exists():
+        names = set(_read_json(index).get("weight_map", {}).values())
+    absent = sorted(name for name in names if not (folder / name).exists())
+    if absent or not names:
+        raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are missing: "
+                                f"{absent[:5]}")
+
+
 def quiet() -> None:
     """Switch off transformers' own progress bars, for scripts that print their own."""
     from transformers.utils import logging
@@ -443,19 +471,20 @@ def quiet() -> None:
 
 
 def save(model, processor: Processor, folder, notes: dict | None = None,
-         weights: dict | None = None) -> None:
+         weights: dict | None = None, max_shard_size="5GB") -> None:
     """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
 
     The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
     kill between the two renames leaves FOLDER.old, the one before, which load() then reads.
     notes: written beside the weights as evaluation.json. weights: a state dict to be written instead
-    of the model's own, as of a model cut over several GPUs. Raises OSError when the disk is full.
+    of the model's own, as of a model cut over several GPUs. Weights beyond `max_shard_size` go to
+    several files with an index, as the published 8B has them. Raises OSError when the disk is full.
     """
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(model, processor, temporary, weights)
+        _write(model, processor, temporary, weights, max_shard_size)
         if notes is not None:
             (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
         for path in temporary.iterdir():       # the data must be on disk before the name is
@@ -472,11 +501,12 @@ def save(model, processor: Processor, folder, notes: dict | None = None,
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(model, processor, temporary: Path, weights) -> None:
+def _write(model, processor, temporary: Path, weights, max_shard_size) -> None:
     cue = getattr(model, "cue_recovery", None)
     weights = model.state_dict() if weights is None else weights
     module = {k: v for k, v in weights.items() if k.startswith("cue_recovery.")}
-    model.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k not in module})
+    model.save_pretrained(temporary, max_shard_size=max_shard_size,
+                          state_dict={k: v for k, v in weights.items() if k not in module})
     for name in PROCESSOR_FILES:
         if (processor.folder / name).exists():
             shutil.copyfile(processor.folder / name, temporary / name)
