@@ -127,7 +127,7 @@ class CueRecovery(nn.Module):
         config = model.config.text_config
         self.every, self.sink, self.end = every, sink, None
         self.image_ids = (model.config.image_token_id, model.config.video_token_id)
-        self.prefill = SimpleNamespace(on=False, keep_attention=False, attention={})
+        self.prefill = SimpleNamespace(on=False, muted=False, keep_attention=False, attention={})
         self.blocks = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
         decoder = model.model.language_model.layers
@@ -161,7 +161,7 @@ class CueRecovery(nn.Module):
         """Before a forward: is this a prefill, where is each row's sink, where are its pictures?"""
         now = self.prefill
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        now.on = cache is None or cache.get_seq_length() == 0
+        now.on = not now.muted and (cache is None or cache.get_seq_length() == 0)
         if not now.on:
             return
         now.attention = {}
@@ -206,6 +206,15 @@ class CueRecovery(nn.Module):
             yield
         finally:
             self.end = None
+
+    @contextmanager
+    def off(self):
+        """The stock model meanwhile: so a frozen backbone can be its own teacher, without a copy."""
+        was, self.prefill.muted = self.prefill.muted, True
+        try:
+            yield
+        finally:
+            self.prefill.muted = was
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""

@@ -106,6 +106,8 @@ class Config:
     train: str = option("all", "which weights: all, language (no vision tower), cue (the module only)",
                         ("all", "language", "cue"))
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    offload_teacher: bool = option(False, "keep the teacher in CPU memory, on the GPU only to score")
+    offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own")
     max_pixels: int = option(0, "largest picture in pixels, 0 for the checkpoint's own")
     seed: int = option(0, "of data order, sampling and the module's start")
@@ -190,20 +192,18 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
     total = Totals()
     student.train()
-    groups = micro_batches(prompts, hinted, rollout, config.micro_batch_tokens)
-    for rows, blanks in sharding.in_step(groups, prompts, processor):
-        lengths = rollout.lengths[rows]
-        longest = max(lengths.tolist(), default=1)
-        ids, mask = (x[rows, :longest] for x in (rollout.ids, rollout.mask))             # (B, T)
-        with torch.no_grad():
-            said_by_teacher = response_states(teacher, processor, hinted, rows, ids, mask, blanks)
+    groups = sharding.in_step(micro_batches(prompts, hinted, rollout, config.micro_batch_tokens),
+                              prompts, processor)
+    taught = teacher_says(teacher, processor, hinted, groups, rollout, config, student.device)
+    for (rows, blanks), (said_by_teacher, teacher_head) in zip(groups, taught):
+        lengths, ids, mask = responses(rollout, rows)
         said_by_student = response_states(student, processor, prompts, rows, ids, mask, blanks)
         # per-sequence mean, then mean over the responses of a prompt and over the prompts: over all
         # responses of the step alike, since each prompt has K; however it is cut (eq. 7)
         weights = (1 / (len(records) * K * lengths)).repeat_interleave(lengths)          # (N,)
         stats = {}
         nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
-                            teacher.lm_head.weight, config.loss, weights=weights,
+                            teacher_head, config.loss, weights=weights,
                             tokens=ids[mask], stats=stats)
         (nats * weights).sum().backward()
         if rows:
@@ -297,6 +297,36 @@ def close_gaps(batch: dict) -> dict:
                 if k.startswith(("pixel_values", "image_", "video_"))}
     return {"input_ids": batch["input_ids"].gather(1, columns), **pictures,
             "position_ids": batch["position_ids"].gather(2, columns.expand(3, -1, -1))}
+
+
+def responses(rollout: Rollout, rows: list[int]):
+    """Lengths (B,), ids and mask (B, T) of some rows, no wider than the longest of them."""
+    lengths = rollout.lengths[rows]
+    longest = max(lengths.tolist(), default=1)
+    return lengths, rollout.ids[rows, :longest], rollout.mask[rows, :longest]
+
+
+def teacher_says(teacher, processor, hinted, groups, rollout, config, device):
+    """Yields for each micro-batch the teacher's states (N, D) and its head (V, D).
+
+    A generator: the teacher reads a micro-batch when the student is about to. But one that is
+    offloaded comes to `device` once a step and reads all of them; what it said waits in CPU memory.
+    """
+    def score(rows, blanks):
+        _, ids, mask = responses(rollout, rows)
+        return response_states(teacher, processor, hinted, rows, ids, mask, blanks)
+
+    if config.offload_teacher:
+        head = teacher.lm_head.weight.to(device)
+        with teaching.at_work(teacher, device):
+            waiting = [score(*group).cpu() for group in groups]
+        yield from ((states.to(device), head) for states in waiting)
+        return
+    for group in groups:
+        with teaching.at_work(teacher):
+            states = score(*group)
+        # out of at_work: while the student reads, its module is on again
+        yield states, teacher.lm_head.weight
 
 
 def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
@@ -410,17 +440,27 @@ def choose_weights(student, train: str) -> list:
 
 def build_models(config: Config):
     """Student (with the module), teacher (without), and the student's processor."""
+    if config.offload_teacher and config.teacher == "ema":
+        raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
+                         "stay beside the student")
+    if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
+        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of several, "
+                         "each holds its slice on its own GPU")
     budget = dict(min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None)
     options = dict(dtype=config.dtype or None, device=config.device or None,
                    attention=config.attention, **budget)
     options = sharding.load_options(options)
     student, processor = qwen.load(config.student, **options)
-    if config.teacher in ("self", "ema"):
+    if config.teacher == "self" and config.train == "cue" and sharding.world == 1:
+        teacher = student        # its backbone stays as it is; the module is off while it teaches
+    elif config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
         if config.teacher == "ema":
             teacher = teacher.float()        # in bf16 an average would be rounded to where it was
     else:
-        teacher, other = qwen.load(config.teacher, cue=False, **options)
+        there = {"device": "cpu"} if config.offload_teacher else {}
+        teacher, other = qwen.load(config.teacher, cue=False,
+                                   **{**options, "dtype": student.dtype, **there})
         teaching.check_same_vocabulary(processor.vocab, other.vocab,
                                        student.lm_head.weight.shape[0], teacher.lm_head.weight.shape[0])
         if (processor.patch, processor.merge) != (other.patch, other.merge):
@@ -428,6 +468,8 @@ def build_models(config: Config):
                              f"and {other.patch} pixels, so they cannot read the same prompt")
         print(f"stop ids: student {sorted(processor.stop_ids)}, teacher {sorted(other.stop_ids)}")
         teaching.freeze(teacher)
+    if config.offload_teacher and teacher is not student:
+        teacher.to("cpu")
     if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
         depth = student.config.text_config.num_hidden_layers
         cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
@@ -471,7 +513,8 @@ def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
         return before
     rows, base = evaluate_on(student, processor, test, config, label="base, no hint")
     print("base     " + evaluate.line(base))
-    _, taught = evaluate_on(teacher, processor, test, config, config.privilege, "teacher, hinted")
+    with teaching.at_work(teacher, student.device if config.offload_teacher else None):
+        _, taught = evaluate_on(teacher, processor, test, config, config.privilege, "teacher, hinted")
     print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
     if config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
@@ -687,7 +730,8 @@ def main(argv=None) -> None:
         weights = choose_weights(student, config.train)
         optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
                               steps=config.steps, final=config.final_lr, clip=config.clip,
-                              weight_decay=config.weight_decay)
+                              weight_decay=config.weight_decay,
+                              device="cpu" if config.offload_optimizer else None)
         print_settings(config, student, teacher, weights)
         start = resume_run(folder, optimizer, teacher, config) if resume else 0
         if sharding.is_main():

@@ -24,16 +24,18 @@ class Optimizer:
     """AdamW over float32 masters, two rates, clipping, and a guard against non-finite gradients.
 
     parameters: [(name, parameter)]; names beginning with "cue_recovery." get `cue_lr`.
+    device: where masters and moments live and are updated, 12 bytes a weight; default: where the
+    weights are. With "cpu" they leave the GPU, at the price of one copy to and fro a step.
     """
 
     def __init__(self, parameters, *, lr: float, cue_lr: float, warmup: int, steps: int,
-                 final: float, clip: float, weight_decay: float = 0.0):
+                 final: float, clip: float, weight_decay: float = 0.0, device=None):
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         if not self.parameters:
             raise ValueError("nothing to train: no parameter has a gradient")
-        self.masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
-                        for p in self.parameters]
+        device = None if device is None else torch.device(device)
+        self.masters = [self._master(p, device) for p in self.parameters]
         self.warmup, self.steps, self.final, self.clip = warmup, steps, final, clip
         groups = {}
         for name, master in zip(self.names, self.masters):
@@ -44,6 +46,14 @@ class Optimizer:
                                        for rate, masters in groups.items()],
                                       betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
+    @staticmethod
+    def _master(parameter, device) -> torch.Tensor:
+        """The weight itself, or a copy of it in float32, or on another device."""
+        exact = torch.promote_types(parameter.dtype, torch.float32)
+        if parameter.dtype == exact and device in (None, parameter.device):
+            return parameter
+        return parameter.detach().to(device or parameter.device, exact)
+
     def step(self, step: int) -> float:
         """Clip, set the rate of step `step` (from 0), update, clear. Returns the gradient norm before.
 
@@ -51,7 +61,8 @@ class Optimizer:
         """
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+                master.grad = None if parameter.grad is None else parameter.grad.to(
+                    master.device, master.dtype)
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
         # of sharded weights (DTensors) it is still to be summed over the ranks

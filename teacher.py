@@ -29,6 +29,7 @@ Choices a reader may wonder about
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -63,6 +64,37 @@ def frozen_copy(student):
     if getattr(teacher, "cue_recovery", None) is not None:
         teacher.cue_recovery.detach()
     return freeze(teacher)
+
+
+def carry(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on `device`, itself if it is there already."""
+    return tensor.to(device)
+
+
+@contextmanager
+def at_work(teacher, device=None):
+    """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
+
+    device: for a teacher that is kept in another memory between its turns; its weights are copied
+    there for this turn and the copies then dropped, since scoring changes no weight.
+    A teacher may be the student itself, if only the student's module is trained: off with it.
+    """
+    modes = [(module, module.training) for module in teacher.modules()]
+    home = [(tensor, tensor.data) for tensor in (*teacher.parameters(), *teacher.buffers())]
+    cue = getattr(teacher, "cue_recovery", None)
+    try:
+        teacher.eval()
+        if device is not None:
+            for tensor, data in home:
+                tensor.data = carry(data, device)
+        with torch.no_grad(), nullcontext() if cue is None else cue.off():
+            yield teacher
+    finally:
+        if device is not None:
+            for tensor, data in home:
+                tensor.data = data
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

@@ -524,6 +524,19 @@ def test_another_mask_is_refused(awake, batch):
         logits_of(awake[0], {**batch, "attention_mask": square})
 
 
+def test_off_is_the_stock_model_and_ends(awake, loaded, batch):
+    """Also nested, and after an error inside: on again afterwards, as it was."""
+    model, _, cue = awake
+    on, stock = logits_of(model, batch), logits_of(loaded[0], batch)
+    with pytest.raises(KeyError):
+        with cue.off():
+            with cue.off():
+                assert torch.equal(logits_of(model, batch), stock)
+            assert torch.equal(logits_of(model, batch), stock)
+            raise KeyError
+    assert torch.equal(logits_of(model, batch), on) and not torch.equal(on, stock)
+
+
 # ---------------------------------------------------------------------------- files and maps
 
 def test_save_and_load(awake, loaded, batch, tmp_path):

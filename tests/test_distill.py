@@ -104,6 +104,46 @@ def test_step_loss_equals_scoring_each_row_alone(tiny, records):
     assert metrics["loss"] == pytest.approx(total, rel=1e-4)
 
 
+def two_steps(student, teacher, processor, records, config):
+    """(metrics of two steps that train the module, its weights afterwards)."""
+    weights = distill.choose_weights(student, config.train)
+    optimizer = distill.Optimizer(weights, lr=config.lr, cue_lr=0.05, warmup=1, steps=4, final=1.0,
+                                  clip=1.0)
+    out = [distill.training_step(student, teacher, processor, records[:6], config, step, optimizer)[0]
+           for step in range(2)]
+    return [{k: v for k, v in m.items() if "second" not in k} for m in out], dict(weights)
+
+
+def test_a_shared_teacher_is_the_copied_teacher(tiny, records):
+    """--train cue: the frozen backbone is its own teacher with the module off, for half the memory.
+    Same losses and weights, also at the second step, when the module does something."""
+    settings = config(train="cue", micro_batch_tokens=200)
+    copied, processor = tiny
+    teacher = teaching.frozen_copy(copied)
+    cue_recovery.attach(copied, 2)
+    shared, same, _ = distill.build_models(distill.Config(
+        student=str(qwen.TINY), train="cue", every=2, device="cpu", attention="sdpa"))
+    assert same is shared
+    expected, weights = two_steps(copied, teacher, processor, records, settings)
+    found, others = two_steps(shared, same, processor, records, settings)
+    assert found == expected and expected[0]["loss"] != expected[1]["loss"]
+    assert weights.keys() == others.keys() and all(n.startswith("cue_recovery.") for n in weights)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_an_offloaded_teacher_teaches_the_same(tiny, records, monkeypatch):
+    """It comes once a step, reads all micro-batches, and its states wait; nothing else changes."""
+    student, processor = tiny
+    expected, kept = one_step(tiny, records, micro_batch_tokens=200)
+    turns = []
+    monkeypatch.setattr(teaching, "carry", lambda x, device: turns.append(device) or x.clone())
+    found, again = one_step(tiny, records, micro_batch_tokens=200, offload_teacher=True)
+    assert found["loss"] == expected["loss"]
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert len(turns) == len(list(student.model.parameters())) - sum(
+        "cue" in n for n, _ in student.model.named_parameters()) + len(list(student.buffers()))
+
+
 def test_step_samples_differ_between_steps_and_repeat_for_one(tiny, records):
     """PITFALLS 22 and 25: draws come from (seed, step), so a resumed run repeats them exactly."""
     student, processor = tiny
@@ -300,7 +340,8 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("more", [("--teacher", "ema", "--privilege", "answer"),
                                   ("--teacher", str(qwen.TINY), "--privilege", "rationale",
-                                   "--loss", "sampled", "--train", "language"),
+                                   "--loss", "sampled", "--train", "language", "--offload-teacher",
+                                   "--offload-optimizer"),
                                   ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
                                   ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
 def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
@@ -309,6 +350,13 @@ def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
     folder = tmp_path / "runs" / "b"
     assert math.isfinite(losses(folder)[0])
     assert (folder / "checkpoint" / qwen.CUE_FILE).exists() == ("--no-cue-recovery" not in more)
+
+
+def test_an_averaged_teacher_cannot_be_offloaded(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--offload-teacher: an averaged teacher changes"):
+        distill.main(["--teacher", "ema", "--offload-teacher", "--data",
+                      str(toy_folder / "train.jsonl")])
 
 
 def test_the_warning_when_the_privilege_changes_nothing(toy_folder, tmp_path, monkeypatch, capsys):

@@ -121,6 +121,29 @@ def test_bf16_weights_move_at_a_rate_of_1e_6():
     assert optimizer.tensors()["weight/model.w"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_may_live_elsewhere(dtype):
+    """--offload-optimizer: even a float32 weight then has a master of its own. "meta" is a memory
+    that holds nothing, so this sees the place and not the values."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    master = Optimizer._master(weight, torch.device("meta"))
+    assert (master.device.type, master.dtype) == ("meta", torch.float32)
+    for near in (None, torch.device("cpu")):
+        assert (Optimizer._master(weight, near) is weight) == (dtype == torch.float32)
+
+
+def test_a_float32_weight_with_a_master_elsewhere_steps_alike(monkeypatch):
+    """The same numbers as without; a clone stands for the master in another memory."""
+    names = ("model.w", "cue_recovery.w", "silent")
+    near, reference = make(0.02, names=names)
+    monkeypatch.setattr(Optimizer, "_master", staticmethod(lambda p, device: p.detach().clone()))
+    far, optimizer = make(0.02, names=names)
+    for parameters, optim in ((near, reference), (far, optimizer)):
+        random_steps(parameters, optim, range(5))
+    assert all(torch.equal(near[name], far[name]) for name in names)
+    assert (near["model.w"] != 0.02).all() and all(p.grad is None for p in far.values())
+
+
 def random_steps(parameters, optimizer, steps):
     for step in steps:
         generator = torch.Generator().manual_seed(step)

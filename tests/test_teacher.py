@@ -6,8 +6,10 @@ import torch
 from PIL import ImageOps
 
 import cue_recovery
+import teacher as teaching
 from rollout import append_response
-from teacher import PRIVILEGES, check_same_vocabulary, freeze, frozen_copy, hint, update_ema
+from teacher import (PRIVILEGES, at_work, check_same_vocabulary, freeze, frozen_copy, hint,
+                     update_ema)
 
 RECORD = {"id": "r-9", "question": "How many?", "answer": " 2 ", "cue": "Two red circles.",
           "rationale": "One and one is two.\n"}
@@ -125,6 +127,44 @@ def test_training_the_student_does_not_move_the_teacher(loaded, student, ragged)
     assert torch.equal(logits(teacher, batch), before)
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None for p in student.parameters())
+
+
+def test_a_student_at_work_as_its_teacher_is_the_base_model(loaded, student, ragged):
+    """Without a copy: the module is off, nothing has a gradient; then all is as it was, also the
+    mode of a part that was not in training."""
+    base, processor = loaded
+    batch = processor.batch(ragged)
+    student.model.visual.eval()
+    modes = [module.training for module in student.modules()]
+    before = logits(student, batch)
+    with at_work(student) as teacher:
+        taught = teacher(**batch).logits
+        assert not any(module.training for module in teacher.modules())
+    assert not taught.requires_grad and torch.equal(taught, logits(base, batch))
+    assert torch.equal(logits(student, batch), before) and not torch.equal(before, taught)
+    assert [module.training for module in student.modules()] == modes
+
+
+def test_an_offloaded_teacher_is_away_between_its_turns(loaded, ragged, monkeypatch):
+    """Its weights are carried once a turn and the copies dropped, not carried back. Two memories
+    cannot be had on a CPU, so a clone stands for the copy on the GPU."""
+    model, processor = copy.deepcopy(loaded[0]), loaded[1]
+    batch, carried = processor.batch(ragged), []
+    home = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    def carry(tensor, device):
+        carried.append(device)
+        return tensor.clone()
+
+    monkeypatch.setattr(teaching, "carry", carry)
+    expected = logits(model, batch)
+    with at_work(model, "gpu"):
+        assert not any(p.data_ptr() == home[name] for name, p in model.named_parameters())
+        # a tied head is still the embedding: carried once, not as two
+        assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+        assert torch.equal(logits(model, batch), expected)
+    assert carried == ["gpu"] * (len(list(model.parameters())) + len(list(model.buffers())))
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == home
 
 
 def test_freeze_returns_the_model_without_gradients():
