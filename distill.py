@@ -52,6 +52,7 @@ import checkpoint
 import cue_recovery
 import evaluate
 import model as qwen
+import plan
 import sharding
 import teacher as teaching
 import vision
@@ -119,6 +120,9 @@ class Config:
     max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit")
     device: str = option("", "cuda, cpu, ... (default: cuda if there is one)")
     dtype: str = option("", "of the weights (default: float32 on a CPU, else bfloat16)")
+    plan: bool = option(False, "print how much memory the run needs, and stop")
+    gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits")
+    gpus: int = option(0, "with --plan: number of GPUs (default: WORLD_SIZE, or 1)")
     attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
 
 
@@ -718,6 +722,8 @@ def main(argv=None) -> None:
     qwen.quiet()
     started = time.time()
     try:
+        if config.plan:
+            return print(plan.report(config))
         sharding.start(config.device)
         config = sharding.from_main(config)          # its name may be the time, which differs
         folder = resume or Path("runs") / config.name

@@ -1,5 +1,51 @@
-"""plan.py - the published shapes of Qwen3-VL, for when the hub cannot be asked."""
+"""plan.py - how much memory a run needs, by arithmetic, before anything is downloaded or loaded.
+
+The idea.  Memory of a training step is a sum of products of sizes that stand in config.json and in
+the settings of the run. It has four phases, and the largest decides:
+
+    sample    weights + optimizer + key/value cache of --sample-batch rows + one layer's working set
+    teach     weights + optimizer + gradients + teacher + one layer's working set
+    learn     weights + optimizer + gradients + teacher + what backward needs of every layer + loss
+    update    weights + masters, moments and gradients, all in float32 + teacher
+
+In:  the settings, config.json of student and teacher.  Out: a table, and the flags that make it fit.
+
+The one equation.  Bytes that one decoder layer keeps for backward, a token (b bytes a number; w = b
+if the layer is trained, else 0, since a frozen matrix needs no input to make a gradient):
+    2 D (4 + 2w)  +  A (4 + w + b)  +  K (4 + w)  +  3 A b  +  F (3b + w)
+    the norms        queries           keys          attention   feed-forward
+
+Run it:  python distill.py --student Qwen/Qwen3-VL-2B-Instruct --plan --gpu-memory 24
+Use it alone: imports nothing but the standard library (a hub name that is not in its table asks
+huggingface_hub for config.json).
+
+What it assumes, always to the safe side
+1) Prompts and answers are as long as the settings allow, and pictures fill the prompts.
+2) A micro-batch is full, of rows with short answers where pictures cost most, of long ones elsewhere.
+3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two are
+   assumptions; the rest was compared with measured peaks on a CPU (tests/benchmarks/memory.py).
+4) Several GPUs (FSDP2): weights, gradients, optimizer and teacher are cut in N; each GPU also holds
+   the layers that are gathered to compute, and the whole student while it samples.
+5) A GB is 10^9 bytes; a "24 GB" card has a little more.
+Left out: activation offload, tensor and pipeline parallelism, quantised weights.
+"""
 from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+# Dimension letters: D hidden, F feed-forward, A all query heads together, K all key heads together,
+# V vocabulary, n tokens of a micro-batch, R rows sampled at a time, L tokens of a row (P prompt + T).
+
+GB = 1e9
+ALLOWANCE = 1.0 * GB         # CUDA context and libraries
+SLACK = 0.05                 # of the peak, for gaps
+CHUNK = 128                  # tokens whose logits exist at one time: loss.distill_loss's default
+ROOM = 128                   # tokens by which the cache grows: rollout.KVCache's
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # hidden, layers, heads, ff, tied head | vision: depth, hidden, ff, DeepStack after these layers
 PUBLISHED = {
@@ -9,6 +55,8 @@ PUBLISHED = {
     "Qwen/Qwen3-VL-32B": ((5120, 64, 64, 25600, False), (27, 1152, 4304, [8, 16, 24])),
 }
 
+
+# ---------------------------------------------------------------------------- shapes
 
 def published(name: str) -> dict | None:
     """What config.json of a published model says of its shape; None for another name."""
@@ -31,3 +79,376 @@ def published(name: str) -> dict | None:
             "out_hidden_size": hidden, "deepstack_visual_indexes": deepstack, "patch_size": 16,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
             "num_position_embeddings": 2304}}
+
+
+def read_config(name: str) -> tuple[dict, int, str]:
+    """(config.json, largest picture in pixels, where it is from) of a folder or hub name."""
+    folder, pictures = Path(name), {}
+    if not folder.is_dir():
+        if published(name):
+            return published(name), 16_777_216, "the table in plan.py, not the hub"
+        try:
+            from huggingface_hub import hf_hub_download
+            folder = Path(hf_hub_download(name, "config.json")).parent
+        except Exception as error:   # offline, no such name, not installed: many kinds
+            raise ValueError(f"{name} is neither a folder nor one of {', '.join(PUBLISHED)}, and its "
+                             f"config.json cannot be fetched ({type(error).__name__})") from None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "preprocessor_config.json").exists():
+            pictures = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        size = pictures.get("size") or {}
+        pixels = size.get("longest_edge") or pictures.get("max_pixels") or 16_777_216
+        dimensions(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: config.json is not that of a Qwen3-VL: {error!r}") from None
+    return config, pixels, str(folder)
+
+
+def dimensions(config: dict) -> SimpleNamespace:
+    """The letters above, and the same of the vision tower (v...), from a config.json."""
+    text, vision = config["text_config"], config["vision_config"]
+    heads, d = text["num_attention_heads"], text["head_dim"]
+    return SimpleNamespace(
+        D=text["hidden_size"], F=text["intermediate_size"], V=text["vocab_size"], d=d, heads=heads,
+        A=heads * d, K=text["num_key_value_heads"] * d, layers=text["num_hidden_layers"],
+        vheads=vision["num_heads"],
+        tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        vD=vision["hidden_size"], vF=vision["intermediate_size"], depth=vision["depth"],
+        positions=vision["num_position_embeddings"], out=vision["out_hidden_size"],
+        mergers=1 + len(vision["deepstack_visual_indexes"]), merge=vision["spatial_merge_size"],
+        side=vision["patch_size"] * vision["spatial_merge_size"],     # pixels, of a visual token
+        pixels=vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"]**2)
+
+
+def count(m) -> SimpleNamespace:
+    """Numbers in each part of the model: one layer, embedding, head, vision, total."""
+    layer = 2 * m.A * m.D + 2 * m.K * m.D + 3 * m.D * m.F + 2 * m.d + 2 * m.D
+    embedding, head = m.V * m.D, 0 if m.tied else m.V * m.D
+    block = 4 * m.vD**2 + 2 * m.vD * m.vF + m.vF + 9 * m.vD
+    wide = m.merge**2 * m.vD                          # the patches of one visual token, side by side
+    vision = (m.vD * (m.pixels + 1) + m.positions * m.vD + m.depth * block
+              + m.mergers * (wide**2 + wide + m.out * wide + m.out + 2 * wide) - 2 * (wide - m.vD))
+    language = m.layers * layer + m.D + embedding + head
+    return SimpleNamespace(layer=layer, embedding=embedding, head=head, vision=vision,
+                           language=language, total=language + vision)
+
+
+def module_size(m, every: int) -> tuple[int, int]:
+    """(blocks, numbers) of the recovery module: four matrices and two gains before every l-th layer.
+    every 0 is distill.py's default."""
+    every = every or min(5, max(1, m.layers // 3))
+    blocks = len(range(0, m.layers - 1, every))
+    return blocks, blocks * (4 * m.D**2 + 2 * m.D)
+
+
+# ---------------------------------------------------------------------------- activations
+
+def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
+    """Bytes a token that one decoder layer keeps for backward; row: tokens of a row, padded."""
+    w = b if trained else 0
+    norms = 2 * m.D * (4 + 2 * w)                     # computed in float32; output, and before gain
+    queries = m.A * (4 + w + b) + m.K * (4 + w)       # q_norm, k_norm, and q after rotation
+    core = 3 * m.A * b + 4 * m.heads                  # keys and values, repeated for all heads; result
+    if attention == "flash_attention_2":
+        core = 2 * m.K * b + m.A * b
+    elif attention == "eager":
+        core += m.heads * row * (4 + (b if b < 4 else 0))    # softmax in float32, and rounded
+    else:
+        core += b * row                               # the mask of a padded batch, as numbers
+    return norms + queries + core + m.F * (3 * b + w)
+
+
+def layer_works(m, b: int, row: int, attention: str) -> float:
+    """Bytes a token while one decoder layer runs without gradients, the mask of attention included."""
+    scores = {"eager": m.heads * row * (8 + b), "sdpa": row * (1 + b)}.get(attention, 0)
+    return max(2 * m.D * b + 3 * m.F * b, m.D * (b + 12),
+               b * (m.D + 5 * m.A + 2 * m.K) + 8 * m.A) + scores
+
+
+def layer_returns(m, b: int) -> float:
+    """Bytes a token of gradients while backward goes through one decoder layer."""
+    return 3 * m.F * b + m.D * (2 * b + 8)
+
+
+def block_keeps(m, b: int, picture: int, attention: str) -> float:
+    """Bytes a patch that one trained vision block keeps; picture: patches that attend to each other."""
+    scores = m.vheads * picture * (4 + (b if b < 4 else 0)) if attention == "eager" else 4 * m.vheads
+    return b * (11 * m.vD + 2 * m.vF) + scores
+
+
+def block_works(m, b: int, picture: int, attention: str) -> float:
+    """Bytes a patch while one vision block runs without gradients; it rotates in float32."""
+    scores = m.vheads * picture * (8 + b) if attention == "eager" else 0
+    return max(b * (2 * m.vD + 2 * m.vF), m.vD * (5 * b + 24), m.vD * 5 * b + scores)
+
+
+def block_returns(m, b: int) -> float:
+    """Bytes a patch of gradients while backward goes through one vision block."""
+    return b * (2 * m.vF + 5 * m.vD) + 16 * m.vD
+
+
+def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> tuple[float, float]:
+    """Bytes that the student's forward pass keeps, and the most of them and of the gradients between
+    layers while backward goes through.
+
+    n tokens, in rows of `row`; `pictures` of `picture` patches each.
+    """
+    w, patches = (0 if run.train == "cue" else b), pictures * picture
+    layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
+    block = block_keeps(m, b, picture, run.attention)
+    # a module that alone is trained needs no gradient from before its first block
+    layers = m.layers - (run.train == "cue")
+    state, again, block_again = layer, 0, 0
+    if run.gradient_checkpointing:                    # inputs only, and one layer is run again
+        state, again, block_again = m.D * b, layer, block
+    blocks = module_size(m, run.every)[0] if run.cue_recovery else 0
+    language = n * (layers * state + blocks * m.D * b + m.D * (4 + 2 * w + b) + row)
+    vision = patches * 4 * m.pixels
+    if run.train == "all":
+        inner = m.vD * b if run.gradient_checkpointing else block
+        vision += patches * (b * m.pixels + m.depth * inner + m.mergers * 4 * b * m.vD)
+    backward = language + vision + n * (layer_returns(m, b) + again)
+    if run.train == "all":
+        backward = max(backward, vision + patches * (block_returns(m, b) + block_again))
+    return language + vision, backward
+
+
+# ---------------------------------------------------------------------------- the run
+
+@dataclass
+class Run:
+    """What the plan needs of the settings (distill.Config has fields of the same names)."""
+    train: str = "all"
+    teacher: str = "self"
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    attention: str = "sdpa"
+    batch_size: int = 128
+    samples_per_prompt: int = 1
+    sample_batch: int = 32
+    micro_batch_tokens: int = 16384
+    max_prompt_tokens: int = 2048
+    max_new_tokens: int = 4096
+    max_pixels: int = 0
+    every: int = 0
+    cue_recovery: bool = True
+    gradient_checkpointing: bool = False
+    offload_teacher: bool = False
+    offload_optimizer: bool = False
+    gpus: int = 1
+
+    def visual(self, m, most: int) -> int:
+        """Visual tokens of a prompt, at most: the picture, or the limit of the prompt."""
+        return min(self.max_prompt_tokens, (self.max_pixels or most) // m.side**2)
+
+
+@dataclass
+class Plan:
+    """parameters: numbers by part. parts, peaks: bytes on one GPU, by part and by phase.
+    host: bytes in CPU memory, by part (on a CPU these are in the peaks)."""
+    parameters: dict
+    parts: dict
+    peaks: dict
+    host: dict
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
+
+
+def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
+    """The memory of a run. student, teacher: config.json (None: the student's own); most: pixels."""
+    m, t, N, b = dimensions(student), dimensions(teacher or student), run.gpus, DTYPES[run.dtype]
+    c, u = count(m), count(t)
+    picture = run.visual(m, most) * m.merge**2        # patches
+    prompts = -(-run.batch_size // N)                 # of one GPU, as all that follows
+
+    # 1) what is held: weights in b bytes; masters, moments and the update's gradients in float32
+    cue = module_size(m, run.every)[1] if run.cue_recovery else 0
+    trained = cue + {"all": c.total, "language": c.language, "cue": 0}[run.train]
+    shared = run.teacher == "self" and run.train == "cue"     # the student, with its module off
+    tb = 4 if run.teacher == "ema" else b             # an average is kept in float32
+    weights, teach = b * (c.total + cue) / N, 0 if shared else tb * u.total / N
+    states = (8 if b == 4 and not run.offload_optimizer else 12) * trained / N
+    gradients, exact = b * trained / N, 4 * trained / N
+    always = weights + (0 if run.offload_teacher else teach) + (0 if run.offload_optimizer else states)
+
+    # 2) sample: on several GPUs each has the whole student for this phase
+    cache, sampling = sampling_works(run, m, b, prompts, picture)
+    whole = 0 if N == 1 else b * (c.total + cue)
+
+    # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
+    # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile
+    row, batch = run.max_prompt_tokens + run.max_new_tokens, prompts * run.samples_per_prompt
+    n = min(max(run.micro_batch_tokens, row), batch * row)
+    rows = max(1, min(n // run.max_prompt_tokens, batch))
+    roots = b * (c.embedding + c.head + cue) + (0 if shared else tb * (u.embedding + u.head))
+    around = 0 if N == 1 else roots + 2 * max(b * c.layer, tb * u.layer)
+    if run.offload_teacher and not shared:
+        around += tb * t.V * t.D                      # its head comes along for the whole step
+    reading = max(n * layer_works(t, tb, row, run.attention),
+                  rows * picture * (block_works(t, tb, picture, run.attention) + (4 + tb) * t.pixels))
+    kept, graph = learning_works(run, m, b, n, rows, picture, row)
+    # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
+    earlier = gradients if batch * row > n else 0
+
+    # 4) update: AdamW goes tensor by tensor, with two temporaries
+    largest = 8 * (m.V * m.D if run.train != "cue" else m.D**2) / N
+    update = gradients if run.offload_optimizer else exact + largest
+
+    peaks = {"sample": always + whole + sampling,
+             # an offloaded teacher reads everything before the first gradient is there
+             "teach": always + around + reading + (teach if run.offload_teacher else earlier),
+             "learn": always + around + earlier + graph,
+             "update": always + update}
+    host = {"pixels of the batch": prompts * picture * m.pixels * 4}
+    if run.offload_optimizer:
+        host["optimizer"] = states + exact
+    if run.offload_teacher and not shared:            # and what it said, until the student's turn
+        host["teacher"] = teach + batch * run.max_new_tokens * t.D * tb
+    if run.device == "cpu":                           # one memory for all
+        peaks = {k: v + sum(host.values()) for k, v in peaks.items()}
+    else:
+        peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
+    parts = {"student's weights": weights, "teacher's weights": teach, "gradients": gradients,
+             "optimizer": states, "key/value cache": cache, "activations kept": kept,
+             "logits, loss, backward": graph - kept}
+    return Plan({"student": c.total, "of it vision": c.vision, "module": cue, "trained": trained,
+                 "teacher": 0 if shared else u.total}, parts, peaks, host)
+
+
+def sampling_works(run: Run, m, b: int, prompts: int, picture: int) -> tuple[float, float]:
+    """(bytes of the key/value cache, the most that sampling needs, the cache included)."""
+    K, P = run.samples_per_prompt, run.max_prompt_tokens
+    read = min(max(1, run.sample_batch // K), prompts)        # prompts; each is read once, for K rows
+    token = 2 * m.layers * m.K * b                    # keys and values
+    # the cache has room for the next ROOM tokens; when it is full, it is copied a layer at a time
+    cache = read * K * (P + ROOM * max(1, -(-(run.max_new_tokens - 1) // ROOM))) * token
+    see = read * picture * (block_works(m, b, picture, run.attention) + (4 + b) * m.pixels)
+    prefill = read * P * (layer_works(m, b, P, run.attention) + token)
+    decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits and their distribution
+    return cache, max(see, prefill, decode)
+
+
+def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: int):
+    """(bytes kept for backward, the most that the student's forward and backward pass need)."""
+    kept, backward = learning(m, b, run, n, rows, picture, row)
+    head = m.V * m.D if run.train != "cue" else 0
+    logits = CHUNK * m.V * 28                         # of both models in float32, and their divergence
+    # the head's gradient is made in float32, scaled into a second one, and rounded; backward then
+    # walks through the layers with the rounded one waiting (a tied embedding adds its own at the end)
+    return kept, max(kept + logits + 4 * head, kept + (8 + b) * head, backward + b * head)
+
+
+# ---------------------------------------------------------------------------- what would make it fit
+
+def changes(run: Run) -> list[tuple[str, dict]]:
+    """What saves memory without changing what is learnt, the cheapest in time first."""
+    out = [("--attention sdpa", {"attention": "sdpa"})] if run.attention == "eager" else []
+    size = run.sample_batch
+    while size > 1:
+        size //= 2
+        out.append((f"--sample-batch {size}", {"sample_batch": size}))
+    if not run.gradient_checkpointing:
+        out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    tokens = run.micro_batch_tokens
+    while tokens > run.max_prompt_tokens + run.max_new_tokens:
+        tokens = max(tokens // 2, run.max_prompt_tokens + run.max_new_tokens)
+        out.append((f"--micro-batch-tokens {tokens}", {"micro_batch_tokens": tokens}))
+    if not run.offload_teacher and run.teacher != "ema":
+        out.append(("--offload-teacher", {"offload_teacher": True}))
+    if not run.offload_optimizer:
+        out.append(("--offload-optimizer", {"offload_optimizer": True}))
+    return out
+
+
+def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
+    """Flags that bring the peak below `memory` bytes, as few as found, and the plan with them.
+
+    Greedy: takes what lowers the peak until it fits, then gives back what was not needed. The caller
+    sees from the plan whether it fits.
+    """
+    taken, best = {}, plan(run, *models)
+    options = changes(run)
+    progress = True
+    while best.peak > memory and progress:
+        progress = False
+        for flag, change in options:
+            now = plan(replace(run, **{**merge(taken), **change}), *models)
+            if now.peak < best.peak - 1e6:
+                key = flag.split()[0]
+                taken.pop(key, None)
+                taken[key], best, progress = (flag, change), now, True
+                if now.peak <= memory:
+                    break
+    for key in list(taken):
+        rest = {k: v for k, v in taken.items() if k != key}
+        now = plan(replace(run, **merge(rest)), *models)
+        if now.peak <= memory:
+            taken, best = rest, now
+    return [flag for flag, _ in taken.values()], best
+
+
+def merge(taken: dict) -> dict:
+    return {name: value for _, change in taken.values() for name, value in change.items()}
+
+
+def report(config) -> str:
+    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
+    shape cannot be had."""
+    run, memory = from_settings(config), config.gpu_memory
+    student, most, where = read_config(config.student)
+    teacher, there = None, ""
+    if config.teacher not in ("self", "ema"):
+        teacher, _, there = read_config(config.teacher)
+    models = (student, teacher, most)
+    made = plan(run, *models)
+    m = dimensions(student)
+    lines = [f"student {config.student}: shape from {where}"]
+    lines += [f"teacher {config.teacher}: shape from {there}"] if there else []
+    lines += [f"train {run.train}, teacher {run.teacher}, {run.dtype}, attention {run.attention}, "
+              f"{run.gpus} x {run.device}, prompts of at most {run.max_prompt_tokens} tokens "
+              f"({run.visual(m, most)} visual), answers of {run.max_new_tokens}", ""]
+    lines += [f"  {name:18} {n / 1e6:10,.1f} M parameters" for name, n in made.parameters.items()]
+    lines += ["", f"  {'on each ' + run.device:34} {'GB':>8}"]
+    lines += [f"  {name:34} {size / GB:8.2f}" for name, size in made.parts.items()]
+    lines += ["", f"  {'peak while the step does':34} {'GB':>8}"]
+    lines += [f"  {name:34} {size / GB:8.2f}" + ("   <- the most" if size == made.peak else "")
+              for name, size in made.peaks.items()]
+    lines += ["", *(f"  {'CPU memory: ' + name:34} {size / GB:8.2f}"
+                    for name, size in made.host.items())]
+    if run.device != "cpu":
+        lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
+                     f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
+    if memory:
+        lines += ["", verdict(run, made, memory, models)]
+    return "\n".join(lines)
+
+
+def verdict(run: Run, made: Plan, memory: float, models) -> str:
+    """Whether the run fits, and the flags that make it fit."""
+    size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
+    if made.peak <= memory * GB:
+        return f"fits in {size}: {made.peak / GB:.1f} GB"
+    flags, best = make_fit(run, memory * GB, *models)
+    text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
+    if best.peak <= memory * GB:
+        host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
+        return text + f"It does, in {best.peak / GB:.1f} GB, with\n  {' '.join(flags)}\n  ({host})"
+    phase = max(best.peaks, key=best.peaks.get)
+    text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
+    less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
+            and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
+    return text + (f" --train {' or --train '.join(less)} would." if less else
+                   " A smaller model, shorter --max-new-tokens or more GPUs would.")
+
+
+def from_settings(config) -> Run:
+    """The settings of distill.Config that the plan needs, its defaults filled in."""
+    values = {name: getattr(config, name) for name in Run.__dataclass_fields__
+              if hasattr(config, name)}
+    values["device"] = config.device or "cuda"
+    values["gpus"] = config.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    values["dtype"] = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    return Run(**values)

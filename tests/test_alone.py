@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
-          "checkpoint.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
+          "checkpoint.py", "plan.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
           "report.py", "compare.py", "sharding.py", "vision.py", "data/records.py", "data/toy.py"]
 
 

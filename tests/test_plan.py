@@ -1,0 +1,256 @@
+"""plan.py: its arithmetic against real tensors at small size, and the command line.
+
+Peaks of whole steps are compared in tests/benchmarks/memory.py, by hand: they take minutes.
+"""
+import inspect
+import json
+import re
+import weakref
+
+import pytest
+import torch
+import transformers
+
+import cue_recovery
+import distill
+import model as qwen
+import plan
+import rollout
+from conftest import ROOT
+from loss import distill_loss
+from optimizer import Optimizer
+from rollout import append_response
+from test_layout import class_config, layout, narrow
+
+TINY = json.loads((qwen.TINY / "config.json").read_text())
+BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def size_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("config", [*map(plan.published, plan.PUBLISHED), TINY,
+                                    narrow("Qwen/Qwen3-VL-8B")],
+                         ids=[*plan.PUBLISHED, "tiny", "narrow"])
+def test_counts_are_those_of_the_layout(config):
+    """test_layout.py compares that layout with the class."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in layout(config).items()}
+    counts = plan.count(plan.dimensions(config))
+    assert counts.total == sum(sizes.values())
+    assert counts.vision == sum(n for name, n in sizes.items() if name.startswith("model.visual."))
+    assert counts.layer == sum(n for name, n in sizes.items() if ".layers.1." in name)
+
+
+def run_of(**changes) -> plan.Run:
+    small = dict(batch_size=4, sample_batch=4, max_prompt_tokens=90, max_new_tokens=10, device="cpu",
+                 micro_batch_tokens=200, every=2, dtype="float32")
+    return plan.Run(**{**small, **changes})
+
+
+@pytest.mark.parametrize("train", ["all", "language", "cue"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_gradients_and_optimizer_are_those_of_a_run(tiny, train, dtype):
+    """Byte for byte, after a real update of the tiny model: only what is trained has a gradient,
+    moments and (in bf16) a master."""
+    student = tiny[0].to(dtype)
+    cue_recovery.attach(student, every=2)
+    weights = distill.choose_weights(student, train)
+    made = plan.plan(run_of(train=train, dtype=str(dtype)[6:]), TINY)
+    assert made.parts["student's weights"] == size_of(student.parameters())
+    assert made.parameters["module"] == sum(p.numel() for p in student.cue_recovery.parameters())
+    assert made.parameters["trained"] == sum(p.numel() for _, p in weights)
+    for _, p in weights:
+        p.grad = torch.zeros_like(p)
+    assert made.parts["gradients"] == size_of(
+        p.grad for p in student.parameters() if p.grad is not None)
+    optimizer = Optimizer(weights, lr=0, cue_lr=0, warmup=1, steps=1, final=1, clip=1)
+    optimizer.step(0)
+    owned = [t for name, t in optimizer.tensors().items()
+             if t.dim() and not (dtype == torch.float32 and name.startswith("weight/"))]
+    assert made.parts["optimizer"] == size_of(owned)
+    assert made.parameters["teacher"] == (0 if train == "cue" else sum(
+        p.numel() for n, p in student.named_parameters() if not n.startswith("cue_recovery.")))
+
+
+def test_cache_is_that_of_the_sampler(loaded, records):
+    """Two samples of each of two prompts: the bytes of every layer's keys and values, and room."""
+    model, processor = loaded
+    batch = processor.batch([processor.prompt(records[0])] * 2)
+    with torch.no_grad():
+        output = model(**batch, use_cache=True)
+    cache = rollout._with_room(getattr(output, "cache", None) or output.past_key_values, 2)
+    made = plan.plan(run_of(max_prompt_tokens=batch["input_ids"].shape[1], samples_per_prompt=2,
+                            batch_size=2), TINY)
+    assert made.parts["key/value cache"] == size_of(cache.buffers)
+    assert (plan.ROOM, plan.CHUNK) == (rollout.KVCache.ROOM, inspect.signature(
+        distill_loss).parameters["chunk"].default)
+
+
+def shape() -> dict:
+    """Large enough that the layers outweigh what is made once, small enough to run at once."""
+    config = narrow("Qwen/Qwen3-VL-2B")
+    config["text_config"] |= {
+        "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 16, "intermediate_size": 160,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}}
+    config["vision_config"] |= {"hidden_size": 48, "intermediate_size": 128, "num_heads": 4, "depth": 6,
+                                "out_hidden_size": 64, "deepstack_visual_indexes": [1, 2, 3]}
+    return config
+
+
+def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]:
+    """(bytes that autograd really keeps of a forward pass, bytes that the plan says)."""
+    torch.manual_seed(0)
+    config, rows, prompt, answer, patches = shape(), 3, 80, 20, 256
+    model = transformers.Qwen3VLForConditionalGeneration._from_config(
+        class_config(config), dtype=dtype, attn_implementation=attention).train()
+    cue_recovery.attach(model, every=2)
+    distill.choose_weights(model, train)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
+    prompts = [qwen.Prompt([5] * (prompt - 64 - n) + [image] * 64, torch.randn(patches, 384),
+                           [(1, 16, 16)]) for n in range(rows)]            # n: so that it is padded
+    batch = append_response(processor.batch(prompts), torch.full((rows, answer), 7),
+                            torch.full((rows,), answer))
+    seen = {p.untyped_storage().data_ptr(): None for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen.setdefault(storage.data_ptr(), (storage.nbytes(), weakref.ref(tensor)))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(**batch, use_cache=False).last_hidden_state
+    found = sum(item[0] for item in seen.values() if item and item[1]() is not None)
+    assert hidden.requires_grad
+    m = plan.dimensions(config)
+    run = run_of(train=train, attention=attention, gradient_checkpointing=checkpointing)
+    planned, _ = plan.learning(m, BYTES[dtype], run, rows * (prompt + answer), rows, patches,
+                               prompt + answer)
+    return found, planned - rows * patches * m.pixels * 4     # the pictures are not autograd's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train, attention, checkpointing, within", [
+    ("all", "sdpa", False, 0.03), ("all", "eager", False, 0.03), ("language", "sdpa", False, 0.03),
+    ("cue", "sdpa", False, 0.05), ("all", "sdpa", True, 0.1)])
+def test_what_is_kept_for_backward(dtype, train, attention, checkpointing, within):
+    """The one equation, against every tensor that autograd keeps of a real forward pass."""
+    found, planned = kept_for_backward(dtype, train, attention, checkpointing)
+    assert planned == pytest.approx(found, rel=within)
+
+
+# ---------------------------------------------------------------------------- consequences
+
+B2, B8 = plan.published("Qwen/Qwen3-VL-2B-Instruct"), plan.published("Qwen/Qwen3-VL-8B-Instruct")
+
+
+def test_eight_gpus_hold_an_eighth_each():
+    one, eight = (plan.plan(plan.Run(gpus=n), B2, B8) for n in (1, 8))
+    for part in ("student's weights", "teacher's weights", "gradients", "optimizer"):
+        assert eight.parts[part] == one.parts[part] / 8
+    assert eight.parts["key/value cache"] == one.parts["key/value cache"] / 2      # 16 rows, not 32
+    assert eight.peaks["sample"] > one.parts["student's weights"]                  # a whole copy
+
+
+@pytest.mark.parametrize("change, phase", [
+    (dict(gradient_checkpointing=True), "learn"), (dict(sample_batch=8), "sample"),
+    (dict(micro_batch_tokens=8192), "learn"), (dict(offload_optimizer=True), "update"),
+    (dict(offload_teacher=True), "update"), (dict(train="language"), "learn"),
+    (dict(train="cue"), "update"), (dict(max_new_tokens=1024), "sample")])
+def test_each_saving_lowers_the_phase_it_is_for(change, phase):
+    before, after = (plan.plan(plan.Run(**more), B2, B8) for more in ({}, change))
+    assert after.peaks[phase] < 0.95 * before.peaks[phase]
+
+
+def test_offloaded_weights_are_counted_in_cpu_memory():
+    made = plan.plan(plan.Run(offload_optimizer=True, offload_teacher=True), B2, B8)
+    counts = plan.count(plan.dimensions(B2)).total + plan.module_size(plan.dimensions(B2), 5)[1]
+    assert made.host["optimizer"] == (4 + 8 + 4) * counts       # masters, moments, gradients
+    assert made.host["teacher"] > 2 * plan.count(plan.dimensions(B8)).total
+
+
+def test_a_backbone_that_is_its_own_teacher_is_held_once():
+    shared, copied = (plan.plan(plan.Run(train=train), B2) for train in ("cue", "language"))
+    assert shared.parts["teacher's weights"] == 0 < copied.parts["teacher's weights"]
+    averaged = plan.plan(plan.Run(teacher="ema"), B2)
+    assert averaged.parts["teacher's weights"] == 2 * copied.parts["teacher's weights"]
+
+
+def readme_rows() -> list[str]:
+    """The README's table: for each student, teacher and --train, what fits, and with which flags."""
+    letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T", "--offload-optimizer": "O",
+               "--sample-batch": "S", "--micro-batch-tokens": "M"}
+    rows = []
+    for student, teacher, train in (
+            ("2B", "self", "all"), ("2B", "self", "language"), ("2B", "self", "cue"),
+            ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"), ("8B", "self", "cue"),
+            ("8B", "32B", "all"), ("8B", "32B", "cue")):
+        models = plan.published(f"Qwen/Qwen3-VL-{student}"), plan.published(f"Qwen/Qwen3-VL-{teacher}")
+        cells = []
+        for gpus, memory in ((1, 24), (1, 80), (8, 80)):
+            run = plan.Run(train=train, teacher=teacher, max_pixels=1310720, gpus=gpus)
+            flags, made = plan.make_fit(run, memory * 1e9, *models)
+            text = " ".join(letters[f.split()[0]] + "".join(f.split()[1:]) for f in flags)
+            cells.append(f"{made.peak / 1e9:.0f} GB, {text or 'as it is'}" if made.peak <= memory * 1e9
+                         else f"does not fit ({made.peak / 1e9:.0f} GB)")
+        rows.append(f"| {student} | {teacher} | {train} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_readmes_table_is_the_plans():
+    readme = (ROOT / "README.md").read_text()
+    rows = readme_rows()
+    assert all(row in readme for row in rows), "README.md should have\n" + "\n".join(rows)
+
+
+@pytest.mark.parametrize("train", ["language", "cue"])
+def test_the_2b_fits_24_gb(train):
+    run = plan.Run(train=train, max_pixels=1310720)
+    flags, made = plan.make_fit(run, 24e9, B2)
+    assert made.peak <= 24e9 < plan.plan(run, B2).peak
+    changed = distill.read_config(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--train", train,
+                                   "--max-pixels", "1310720", *" ".join(flags).split()])[0]
+    assert plan.plan(plan.from_settings(changed), B2).peak == made.peak      # real flags, enough
+
+
+def test_no_flag_is_given_that_is_not_needed():
+    run = plan.Run(max_pixels=1310720)
+    flags, made = plan.make_fit(run, 24e9, B2)
+    options = dict(plan.changes(run))
+    for left_out in flags:
+        rest = {k: v for flag in flags if flag != left_out for k, v in options[flag].items()}
+        assert plan.plan(plan.replace(run, **rest), B2).peak > 24e9, left_out
+
+
+# ---------------------------------------------------------------------------- the command
+
+def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "build_models", None)
+    monkeypatch.setattr(distill, "prepare_data", None)
+    distill.main(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--teacher", "Qwen/Qwen3-VL-8B-Instruct",
+                  "--data", "nowhere.jsonl", "--plan", "--gpu-memory", "80", "--gpus", "8"])
+    out = capsys.readouterr().out
+    assert "the table in plan.py, not the hub" in out and "8 x cuda" in out
+    assert re.search(r"student +2,127\.5 M", out) and re.search(r"teacher +8,767\.1 M", out)
+    assert "It does, in" in out and "--gradient-checkpointing" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_reads_the_folder_of_a_checkpoint(capsys):
+    distill.main(["--plan", "--device", "cpu", "--gpu-memory", "24"])
+    out = capsys.readouterr().out
+    assert f"shape from {qwen.TINY}" in out and "float32" in out and "fits in 24 GB" in out
+
+
+@pytest.mark.parametrize("student, message", [
+    ("nobody-at-all/no-such-model", "neither a folder nor one of"),
+    ("{folder}", "not that of a Qwen3-VL")])
+def test_an_unknown_shape_is_one_line(tmp_path, student, message):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "text_config": {}}')
+    with pytest.raises(SystemExit, match=message) as error:
+        distill.main(["--student", student.format(folder=tmp_path), "--plan"])
+    assert "\n" not in str(error.value)
