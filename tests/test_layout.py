@@ -160,7 +160,8 @@ def test_sharded_bf16_round_trip(loaded, ragged, tmp_path, name):
     qwen.save(model, loaded[1], tmp_path / "out", max_shard_size="300KB")
     assert on_disk(tmp_path / "out") == (layout(config), {"BF16"})
     again, processor = qwen.load(tmp_path / "out", dtype="bfloat16", device="cpu")
-    assert (again.lm_head.weight is again.get_input_embeddings().weight) == config["tie_word_embeddings"]
+    tied = again.lm_head.weight is again.get_input_embeddings().weight
+    assert tied == config["tie_word_embeddings"]
     expected, found = model.state_dict(), again.state_dict()
     assert expected.keys() == found.keys() and any(k.startswith("cue_recovery.") for k in found)
     for key in expected:
