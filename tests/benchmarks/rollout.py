@@ -12,10 +12,10 @@ that other work on the machine hits both; a ratio a pair, and the median of the 
 How both stop at the same steps, though they draw different tokens: hooks on the model's rotary embedding
 and on lm_head see every row's position, and make the stop token certain at one position, the same for
 all rows, and impossible before. So a row whose prompt is n tokens shorter answers n tokens longer.
-`even`: all prompts alike, all answers T tokens. `ragged`: answers spread evenly from T / 8 to T.
+`even`: all prompts of one length, all answers of about T tokens. `ragged`: answers spread evenly from T / 8 to T.
 `toy` has no such hooks: greedy, the tiny checkpoint's own stops, and the tokens are compared.
 
-Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick]
+Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
 On a CPU with one thread the ratios are of CPU seconds, which other people's work disturbs least; wall
 ratios stand beside them. On a GPU everything is wall time between synchronisations, and peak memory.
 """
@@ -236,7 +236,7 @@ def run_case(case, model, processor) -> dict:
 
     order, runs, first = list(WAYS), [], []
     with stop_at(model, place, stop_id) if kind != "own" else torch.no_grad():
-        everything(4)                                                    # warm up
+        everything(2)                                                    # warm up
         for _ in range(pairs):
             runs.append(everything(T))
             first.append(everything(1))                                  # the prefill and one token
@@ -279,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few small cases, under a minute")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--pairs", type=int, default=0, help="turns a case, in place of its own number")
     args = parser.parse_args()
     qwen.quiet()
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
@@ -292,7 +293,7 @@ def main() -> None:
             continue
         if case[1:3] not in loaded:
             loaded = {case[1:3]: load(*case[1:3])}           # one model in memory at a time
-        results[case[0]] = run_case(case, *loaded[case[1:3]])
+        results[case[0]] = run_case((*case[:-1], args.pairs or case[-1]), *loaded[case[1:3]])
     day = time.strftime("%Y-%m-%d")
     ratio = "generate_cpu" if clock == "CPU seconds" else "generate_wall"
     print(f"\n| {day} | {name}, {torch.get_num_threads()} threads | "
