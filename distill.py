@@ -33,16 +33,13 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import random
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +48,7 @@ from tqdm import tqdm
 import checkpoint
 import cue_recovery
 import evaluate
+import longrun
 import model as qwen
 import plan
 import sharding
@@ -209,7 +207,8 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
         nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
                             teacher_head, config.loss, weights=weights,
                             tokens=ids[mask], stats=stats)
-        (nats * weights).sum().backward()
+        if nats.requires_grad:      # not so if only the module is trained and there is no picture
+            (nats * weights).sum().backward()
         if rows:
             total.add(nats.detach(), weights, lengths, stats)
     sharding.release(teacher)
@@ -531,9 +530,9 @@ def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
 
 def train_loop(student, teacher, processor, train, test, config, optimizer, folder, start) -> None:
     """Steps start .. config.steps - 1, each logged as a line of metrics.jsonl."""
-    stop = StopSignal()
+    stop = longrun.StopSignal()
     log = sharding.from_main(checkpoint.read_jsonl(folder / "metrics.jsonl"))
-    if spent(log, config):                   # resumed after its end
+    if longrun.spent(log, config):           # resumed after its end
         return
     clock = time.perf_counter()
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distil",
@@ -550,28 +549,20 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
                         tok_s=metrics["sample_tokens_per_second"])
         # one clock for all processes: they must agree on when the time is up
         metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
-        last = done == config.steps or spent(log, config)
+        last = done == config.steps or longrun.spent(log, config)
         if config.eval_every and done % config.eval_every == 0 and not last:
             _, now = evaluate_on(student, processor, test, config)
             metrics["accuracy"] = now["accuracy"]
             tqdm.write(f"step {done:4}  {evaluate.line(now)}")
-            if sharding.is_main():
-                keep_samples(folder, done, records, answers, config.privilege)
-            if config.keep:
-                save = student_saver(student, processor)
-                with forgiven(done):
-                    if sharding.is_main():
-                        checkpoint.keep_student(folder, config.keep, evaluation(done, now), save)
+            longrun.keep_samples(folder, done, records, answers, config.privilege)
+            longrun.keep_student(folder, done, now, student, processor, config)
             metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
         clock = time.perf_counter()
         if sharding.is_main():
             checkpoint.append_jsonl(folder / "metrics.jsonl", metrics, sync=True)
         asked = any(sharding.gather(stop.asked))     # a signal may reach one process a step earlier
         if asked or last or done % config.save_every == 0:
-            tensors = sharding.whole(state_tensors(optimizer, teacher, config))
-            with forgiven(done, fatal=asked or last):
-                if sharding.is_main():
-                    checkpoint.save_state(folder / "state", done, tensors)
+            longrun.save_state(folder, done, optimizer, teacher, config, fatal=asked or last)
         if asked:
             bar.close()
             sharding.barrier()                       # torchrun ends all as soon as one has left
@@ -582,106 +573,10 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
             break
 
 
-def spent(log: list[dict], config) -> str:
-    """The limit that a run's metrics (over all resumes) have reached, if any: it ends early."""
-    hours, tokens = (sum(m.get(key, 0) for m in log) for key in ("seconds", "tokens"))
-    if config.max_hours and hours >= 3600 * config.max_hours:
-        return f"--max-hours {config.max_hours}"
-    return f"--max-tokens {config.max_tokens}" if 0 < config.max_tokens <= tokens else ""
-
-
-@contextlib.contextmanager
-def forgiven(step: int, fatal: bool = False):
-    """A failed save amid a run is reported: the one before is whole, the next one may succeed."""
-    try:
-        yield
-    except OSError as error:
-        if fatal:
-            raise
-        tqdm.write(f"step {step}: {error}; going on, what was saved before is whole")
-
-
-def student_saver(student, processor):
-    """save(folder, notes=None) writes the student; the weights are gathered here, by all processes."""
-    return partial(qwen.save, student, processor, weights=sharding.weights(student))
-
-
-def evaluation(step: int, summary: dict) -> dict:
-    return {"step": step, "accuracy": summary["accuracy"], "n": summary["n"]}
-
-
-class StopSignal:
-    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step; a second one at once.
-
-    Not at once with several processes: torchrun passes on what the terminal has sent already.
-    """
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL if sharding.world == 1 else signal.SIG_IGN)
-        self.asked = True
-        tqdm.write("stopping after this step")
-
-
-def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
-    """All that a resumed run cannot recompute: masters, moments and an averaged teacher."""
-    tensors = optimizer.tensors()
-    if config.teacher == "ema":
-        tensors |= {f"teacher/{name}": p for name, p in teacher.named_parameters()}
-    return tensors
-
-
-def read_state(folder: Path) -> tuple[int, dict]:
-    """(finished steps, tensors) of a killed run, whose files are then brought back to that step."""
-    done, tensors, log = 0, {}, checkpoint.read_jsonl(folder / "metrics.jsonl")
-    if (folder / "state" / "state.safetensors").exists() or (folder / "result.json").exists():
-        done, tensors = checkpoint.load_state(folder / "state")
-    if len(log) < done:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the "
-                         "saved state; budgets and result.json count them. Was it changed?")
-    if done and not (folder / "before.json").exists():
-        raise FileNotFoundError(f"{folder / 'before.json'} is missing, and the base of a student "
-                                "that is trained already cannot be evaluated")
-    for name in ("checkpoint", "best"):
-        checkpoint.put_back(folder / name)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        checkpoint.forget_after(folder / name, done)
-    return done, tensors
-
-
-def resume_run(folder: Path, optimizer, teacher, config) -> int:
-    """Load the saved state; returns the number of finished steps.
-
-    A run that was killed before its first state begins again, at step 0.
-    """
-    done, tensors = read_state(folder) if sharding.is_main() else (0, {})
-    done = sharding.from_main(done)
-    if done:
-        tensors = sharding.cut(tensors)
-        optimizer.load_tensors(tensors)
-        if config.teacher == "ema":
-            with torch.no_grad():
-                for name, parameter in teacher.named_parameters():
-                    parameter.copy_(tensors[f"teacher/{name}"])
-    print(f"resuming {folder} after step {done}" + (" (no saved state yet)" if not done else ""))
-    return done
-
-
-def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> None:
-    for record, answer in list(zip(records, answers))[:count]:
-        checkpoint.append_jsonl(folder / "rollouts.jsonl", {
-            "step": step, "id": record["id"], "question": record["question"],
-            "hint": teaching.hint(record, privilege), "gold": record["answer"], "response": answer})
-
-
 def finish(student, processor, test, config, folder, before, started) -> None:
     """Last evaluation, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, label="student, no hint")
-    save = student_saver(student, processor)
+    save = longrun.student_saver(student, processor)
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
@@ -690,7 +585,7 @@ def finish(student, processor, test, config, folder, before, started) -> None:
     checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
     best = max((m for m in metrics if "accuracy" in m), key=lambda m: m["accuracy"])
     if config.keep:
-        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], after), save)
+        best = checkpoint.keep_best(folder, longrun.evaluation(metrics[-1]["step"], after), save)
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
     result = {f"{name}_{key}": value for name, summary in models.items()
               for key, value in summary.items() if key != "n"}
@@ -705,7 +600,7 @@ def finish(student, processor, test, config, folder, before, started) -> None:
     checkpoint.write_json(folder / "result.json", result)
     print(evaluate.before_after(before["rows"], rows))
     print(evaluate.table(models))
-    why = spent(metrics, config)
+    why = longrun.spent(metrics, config)
     if why and len(metrics) < config.steps:
         print(f"ended by {why} after step {len(metrics)} of {config.steps}; raise it to go on")
     print(f"best of {sum('accuracy' in m for m in metrics)} evaluations: step {best['step']}, "
@@ -739,7 +634,7 @@ def main(argv=None) -> None:
                               weight_decay=config.weight_decay,
                               device="cpu" if config.offload_optimizer else None)
         print_settings(config, student, teacher, weights)
-        start = resume_run(folder, optimizer, teacher, config) if resume else 0
+        start = longrun.resume(folder, optimizer, teacher, config) if resume else 0
         if sharding.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "args.json", asdict(config))

@@ -120,6 +120,7 @@ import checkpoint  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
+import longrun  # noqa: E402
 import model as qwen  # noqa: E402
 from rollout import sample  # noqa: E402
 
@@ -341,22 +342,22 @@ def test_resume_refuses_a_run_whose_other_files_are_gone(tmp_path):
     """Budgets and result count the lines of metrics.jsonl; a trained student has no base to
     measure; a finished run whose state was removed must not begin again over its results."""
     settings = distill.Config()
-    assert distill.resume_run(tmp_path, NoOptimizer(), None, settings) == 0
+    assert longrun.resume(tmp_path, NoOptimizer(), None, settings) == 0
     checkpoint.save_state(tmp_path / "state", 2, {"a": torch.ones(1)})
     checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})
     with pytest.raises(ValueError, match="metrics.jsonl has 1 of the 2 steps"):
-        distill.resume_run(tmp_path, NoOptimizer(), None, settings)
+        longrun.resume(tmp_path, NoOptimizer(), None, settings)
     checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 2})
     with pytest.raises(FileNotFoundError, match="before.json is missing"):
-        distill.resume_run(tmp_path, NoOptimizer(), None, settings)
+        longrun.resume(tmp_path, NoOptimizer(), None, settings)
     checkpoint.write_json(tmp_path / "before.json", {})
     (tmp_path / "best.old").mkdir()                  # what a kill between two renames leaves
-    assert distill.resume_run(tmp_path, NoOptimizer(), None, settings) == 2
+    assert longrun.resume(tmp_path, NoOptimizer(), None, settings) == 2
     assert (tmp_path / "best").is_dir()
     (tmp_path / "state" / "state.safetensors").unlink()
     checkpoint.write_json(tmp_path / "result.json", {})
     with pytest.raises(FileNotFoundError, match="no saved state"):
-        distill.resume_run(tmp_path, NoOptimizer(), None, settings)
+        longrun.resume(tmp_path, NoOptimizer(), None, settings)
     assert len(checkpoint.read_jsonl(tmp_path / "metrics.jsonl")) == 2
 
 
@@ -443,11 +444,11 @@ def test_a_token_budget_ends_a_run_and_raising_it_goes_on(runner, whole, toy_fol
 def test_budgets_count_what_the_metrics_say():
     log = [{"step": 1, "seconds": 1800.0, "tokens": 70},
            {"step": 2, "seconds": 1800.0, "tokens": 30}]
-    assert distill.spent(log, distill.Config()) == ""
-    assert distill.spent(log, distill.Config(max_hours=1.0)) == "--max-hours 1.0"
-    assert distill.spent(log, distill.Config(max_hours=1.01, max_tokens=101)) == ""
-    assert distill.spent(log, distill.Config(max_tokens=100)) == "--max-tokens 100"
-    assert distill.spent([{"step": 1}], distill.Config(max_hours=1.0)) == ""     # an older run's
+    assert longrun.spent(log, distill.Config()) == ""
+    assert longrun.spent(log, distill.Config(max_hours=1.0)) == "--max-hours 1.0"
+    assert longrun.spent(log, distill.Config(max_hours=1.01, max_tokens=101)) == ""
+    assert longrun.spent(log, distill.Config(max_tokens=100)) == "--max-tokens 100"
+    assert longrun.spent([{"step": 1}], distill.Config(max_hours=1.0)) == ""     # an older run's
 
 
 def test_resume_may_raise_steps_and_budgets_only(tmp_path, capsys):
