@@ -503,6 +503,7 @@ def evaluate_on(model, processor, test, config, privilege="none", label="") -> t
         rows = evaluate.evaluate(model, processor, sharding.share(test),
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
+                                 batch_size=min(64, config.sample_batch),
                                  label=label if sharding.is_main() else "")
     rows = sharding.collect(rows)
     return rows, evaluate.summarise(rows)

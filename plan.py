@@ -12,8 +12,8 @@ In:  the settings, config.json of student and teacher.  Out: a table, and the fl
 
 The one equation.  Bytes that one decoder layer keeps for backward, a token (b bytes a number; w = b
 if the layer is trained, else 0, since a frozen matrix needs no input to make a gradient):
-    2 D (4 + 2w)  +  A (4 + w + b)  +  K (4 + w)  +  3 A b  +  F (3b + w)
-    the norms        queries           keys          attention   feed-forward
+    2 D (4 + 2w)  +  A (4 + w + b)  +  K (4 + w)  +  (A + 2 K) b  +  F (3b + w)
+    the norms        queries           keys          attention      feed-forward
 
 Run it:  python distill.py --student Qwen/Qwen3-VL-2B-Instruct --plan --gpu-memory 24
 Use it alone: imports nothing but the standard library (a hub name that is not in its table asks
@@ -149,19 +149,15 @@ def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
     w = b if trained else 0
     norms = 2 * m.D * (4 + 2 * w)                     # computed in float32; output, and before gain
     queries = m.A * (4 + w + b) + m.K * (4 + w)       # q_norm, k_norm, and q after rotation
-    core = 3 * m.A * b + 4 * m.heads                  # keys and values, repeated for all heads; result
-    if attention == "flash_attention_2":
-        core = 2 * m.K * b + m.A * b
-    elif attention == "eager":
-        core += m.heads * row * (4 + (b if b < 4 else 0))    # softmax in float32, and rounded
-    else:
-        core += b * row                               # the mask of a padded batch, as numbers
+    core = 2 * m.K * b + m.A * b + 4 * m.heads        # keys, values, and the result
+    if attention == "eager":                          # repeated for all heads; softmax in float32
+        core = 3 * m.A * b + m.heads * row * (4 + (b if b < 4 else 0))
     return norms + queries + core + m.F * (3 * b + w)
 
 
-def layer_works(m, b: int, row: int, attention: str) -> float:
-    """Bytes a token while one decoder layer runs without gradients, the mask of attention included."""
-    scores = {"eager": m.heads * row * (8 + b), "sdpa": row * (1 + b)}.get(attention, 0)
+def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
+    """Bytes a token while one decoder layer runs without gradients; padded: with a mask (prompts)."""
+    scores = {"eager": m.heads * row * (8 + b), "sdpa": padded * row * (1 + b)}.get(attention, 0)
     return max(2 * m.D * b + 3 * m.F * b, m.D * (b + 12),
                b * (m.D + 5 * m.A + 2 * m.K) + 8 * m.A) + scores
 
@@ -192,7 +188,8 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
     """Bytes that the student's forward pass keeps, and the most of them and of the gradients between
     layers while backward goes through.
 
-    n tokens, in rows of `row`; `pictures` of `picture` patches each.
+    n tokens, in rows of `row`; `pictures` of `picture` patches each. What is handed to the model for
+    them (pixels or features) is not among these bytes.
     """
     w, patches = (0 if run.train == "cue" else b), pictures * picture
     layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
@@ -203,8 +200,8 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
     if run.gradient_checkpointing:                    # inputs only, and one layer is run again
         state, again, block_again = m.D * b, layer, block
     blocks = module_size(m, run.every)[0] if run.cue_recovery else 0
-    language = n * (layers * state + blocks * m.D * b + m.D * (4 + 2 * w + b) + row)
-    vision = patches * 4 * m.pixels
+    language = n * (layers * state + blocks * m.D * b + m.D * (4 + 2 * w + b))
+    vision = 0
     if run.train == "all":
         inner = m.vD * b if run.gradient_checkpointing else block
         vision += patches * (b * m.pixels + m.depth * inner + m.mergers * 4 * b * m.vD)
@@ -238,6 +235,20 @@ class Run:
     offload_optimizer: bool = False
     gpus: int = 1
 
+    def reads_once(self) -> bool:
+        """vision.py: both towers are one frozen tower, which reads each picture before the step."""
+        return self.train != "all" and self.teacher == "self" and self.gpus == 1
+
+    def shares(self) -> bool:
+        """The teacher is the student, with its module off."""
+        return self.train == "cue" and self.teacher == "self" and self.gpus == 1
+
+    def picture(self, m, most: int) -> tuple[int, float, float]:
+        """Of the pictures of a prompt: patches, bytes of their pixels, bytes of their features."""
+        visual, b = self.visual(m, most), DTYPES[self.dtype]
+        patches = visual * m.merge**2
+        return patches, 4 * patches * m.pixels, visual * m.mergers * m.D * b
+
     def visual(self, m, most: int) -> int:
         """Visual tokens of a prompt, at most: the picture, or the limit of the prompt."""
         return min(self.max_prompt_tokens, (self.max_pixels or most) // m.side**2)
@@ -261,72 +272,82 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     """The memory of a run. student, teacher: config.json (None: the student's own); most: pixels."""
     m, t, N, b = dimensions(student), dimensions(teacher or student), run.gpus, DTYPES[run.dtype]
     c, u = count(m), count(t)
-    picture = run.visual(m, most) * m.merge**2        # patches
+    patches, pixels, features = run.picture(m, most)
+    handed = features if run.reads_once() else pixels         # to the model, for a prompt's pictures
     prompts = -(-run.batch_size // N)                 # of one GPU, as all that follows
 
     # 1) what is held: weights in b bytes; masters, moments and the update's gradients in float32
     cue = module_size(m, run.every)[1] if run.cue_recovery else 0
     trained = cue + {"all": c.total, "language": c.language, "cue": 0}[run.train]
-    shared = run.teacher == "self" and run.train == "cue"     # the student, with its module off
     tb = 4 if run.teacher == "ema" else b             # an average is kept in float32
-    weights, teach = b * (c.total + cue) / N, 0 if shared else tb * u.total / N
+    weights, teach = b * (c.total + cue) / N, 0 if run.shares() else tb * u.total / N
     states = (8 if b == 4 and not run.offload_optimizer else 12) * trained / N
     gradients, exact = b * trained / N, 4 * trained / N
     always = weights + (0 if run.offload_teacher else teach) + (0 if run.offload_optimizer else states)
 
-    # 2) sample: on several GPUs each has the whole student for this phase
-    cache, sampling = sampling_works(run, m, b, prompts, picture)
-    whole = 0 if N == 1 else b * (c.total + cue)
+    # 2) sample, and before the first step evaluate; of several GPUs each has the whole model for this
+    whole, whole_teacher = (0, 0) if N == 1 else (b * (c.total + cue), tb * u.total)
+    cache, sampling = sampling_works(run, m, b, prompts, most)
+    _, evaluating = sampling_works(replace(run, samples_per_prompt=1, train="all"), t, tb,
+                                   min(64, run.sample_batch), most)
 
     # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
     # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile
     row, batch = run.max_prompt_tokens + run.max_new_tokens, prompts * run.samples_per_prompt
     n = min(max(run.micro_batch_tokens, row), batch * row)
     rows = max(1, min(n // run.max_prompt_tokens, batch))
-    roots = b * (c.embedding + c.head + cue) + (0 if shared else tb * (u.embedding + u.head))
-    around = 0 if N == 1 else roots + 2 * max(b * c.layer, tb * u.layer)
-    if run.offload_teacher and not shared:
-        around += tb * t.V * t.D                      # its head comes along for the whole step
-    reading = max(n * layer_works(t, tb, row, run.attention),
-                  rows * picture * (block_works(t, tb, picture, run.attention) + (4 + tb) * t.pixels))
-    kept, graph = learning_works(run, m, b, n, rows, picture, row)
+    root = c.embedding + c.head + cue
+    around = adding = 0
+    if N > 1:
+        around = (b * root + tb * (u.embedding + u.head) + 2 * max(b * c.layer, tb * u.layer))
+        # gradients are added up over the GPUs in float32, before they are cut
+        adding = (b + 4) * max(c.layer, root if run.train != "cue" else cue)
+    elif run.offload_teacher and not run.shares():
+        around = tb * t.V * t.D                       # its head comes along for the whole step
+    reading = n * layer_works(t, tb, row, run.attention, False)
+    if not run.reads_once():
+        reading = max(reading, rows * patches * (block_works(t, tb, patches, run.attention)
+                                                 + tb * t.pixels))
+    kept, graph = learning_works(run, m, b, n, rows, patches, row)
     # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
     earlier = gradients if batch * row > n else 0
 
-    # 4) update: AdamW goes tensor by tensor, with two temporaries
-    largest = 8 * (m.V * m.D if run.train != "cue" else m.D**2) / N
-    update = gradients if run.offload_optimizer else exact + largest
-
-    peaks = {"sample": always + whole + sampling,
+    peaks = {"evaluate": (always - (0 if run.offload_optimizer else 8 * trained / N) + whole_teacher
+                          + (teach if run.offload_teacher else 0) + evaluating),
+             "sample": always + whole + sampling,
              # an offloaded teacher reads everything before the first gradient is there
-             "teach": always + around + reading + (teach if run.offload_teacher else earlier),
-             "learn": always + around + earlier + graph,
-             "update": always + update}
-    host = {"pixels of the batch": prompts * picture * m.pixels * 4}
+             "teach": (always + around + reading + rows * handed
+                       + (teach if run.offload_teacher else earlier)),
+             "learn": always + around + adding + earlier + graph + rows * handed,
+             "update": always + (gradients if run.offload_optimizer else exact)}
+    host = {"pictures of the batch": prompts * max(pixels, handed)}
     if run.offload_optimizer:
         host["optimizer"] = states + exact
-    if run.offload_teacher and not shared:            # and what it said, until the student's turn
+    if run.offload_teacher and not run.shares():      # and what it said, until the student's turn
         host["teacher"] = teach + batch * run.max_new_tokens * t.D * tb
     if run.device == "cpu":                           # one memory for all
-        peaks = {k: v + sum(host.values()) for k, v in peaks.items()}
+        rest = sum(host.values()) - host["pictures of the batch"] + prompts * handed
+        peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
     parts = {"student's weights": weights, "teacher's weights": teach, "gradients": gradients,
              "optimizer": states, "key/value cache": cache, "activations kept": kept,
              "logits, loss, backward": graph - kept}
     return Plan({"student": c.total, "of it vision": c.vision, "module": cue, "trained": trained,
-                 "teacher": 0 if shared else u.total}, parts, peaks, host)
+                 "teacher": 0 if run.shares() else u.total}, parts, peaks, host)
 
 
-def sampling_works(run: Run, m, b: int, prompts: int, picture: int) -> tuple[float, float]:
+def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
     """(bytes of the key/value cache, the most that sampling needs, the cache included)."""
     K, P = run.samples_per_prompt, run.max_prompt_tokens
+    patches, pixels, features = run.picture(m, most)
     read = min(max(1, run.sample_batch // K), prompts)        # prompts; each is read once, for K rows
     token = 2 * m.layers * m.K * b                    # keys and values
     # the cache has room for the next ROOM tokens; when it is full, it is copied a layer at a time
     cache = read * K * (P + ROOM * max(1, -(-(run.max_new_tokens - 1) // ROOM))) * token
-    see = read * picture * (block_works(m, b, picture, run.attention) + (4 + b) * m.pixels)
-    prefill = read * P * (layer_works(m, b, P, run.attention) + token)
+    see = read * (patches * (block_works(m, b, patches, run.attention) + b * m.pixels) + pixels)
+    prefill = read * (P * (layer_works(m, b, P, run.attention, True) + token)
+                      + (features if run.reads_once() else pixels))
     decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits and their distribution
     return cache, max(see, prefill, decode)
 
@@ -356,6 +377,8 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     while tokens > run.max_prompt_tokens + run.max_new_tokens:
         tokens = max(tokens // 2, run.max_prompt_tokens + run.max_new_tokens)
         out.append((f"--micro-batch-tokens {tokens}", {"micro_batch_tokens": tokens}))
+    if run.gpus > 1:                                  # distill.py offloads for one process only
+        return out
     if not run.offload_teacher and run.teacher != "ema":
         out.append(("--offload-teacher", {"offload_teacher": True}))
     if not run.offload_optimizer:
@@ -398,6 +421,8 @@ def report(config) -> str:
     """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
     shape cannot be had."""
     run, memory = from_settings(config), config.gpu_memory
+    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
+        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
     student, most, where = read_config(config.student)
     teacher, there = None, ""
     if config.teacher not in ("self", "ema"):
