@@ -10,6 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid
+jobs=${JOBS:-$(nproc)}                 # before the next line, which nproc obeys
 export OMP_NUM_THREADS=1 FLAGS="${FLAGS:---steps 100 --eval-every 0}"
 
 # The bigger teacher: the tiny model with four more layers, taught to look. It is not shipped, so it is
@@ -57,4 +58,4 @@ for seed in ${SEEDS:-0 1 2}; do        # seed by seed, so that a cut grid has ev
     while read -r name flags; do
         [ -n "$name" ] && echo "$name $seed $flags"
     done <<< "$arms"
-done | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'one {}'
+done | xargs -P "$jobs" -I{} bash -c 'one {}'
