@@ -50,7 +50,7 @@ one() {                                # one arm with one seed: NAME SEED FLAGS.
         set -- "$@" --seed "$seed" --name "$name" $FLAGS
     fi
     echo "$(date +%H:%M) python distill.py $*"
-    python distill.py "$@" > "$folder.log" 2>&1 || echo "FAILED: see $folder.log"
+    python distill.py "$@" >> "$folder.log" 2>&1 || echo "FAILED: see $folder.log"
 }
 export -f one
 
