@@ -1,12 +1,13 @@
 """plan.py - how much memory a run needs, by arithmetic, before anything is downloaded or loaded.
 
 The idea.  Memory of a training step is a sum of products of sizes that stand in config.json and in
-the settings of the run. It has four phases, and the largest decides:
+the settings of the run. It has phases, and the largest decides:
 
-    sample    weights + optimizer + key/value cache of --sample-batch rows + one layer's working set
-    teach     weights + optimizer + gradients + teacher + one layer's working set
-    learn     weights + optimizer + gradients + teacher + what backward needs of every layer + loss
-    update    weights + masters, moments and gradients, all in float32 + teacher
+    evaluate  (before the first step) weights + teacher + key/value cache of its answers
+    sample    weights + teacher + optimizer + key/value cache of --sample-batch rows
+    teach     weights + teacher + optimizer + gradients + the working set of one layer
+    learn     weights + teacher + optimizer + gradients + what backward needs of every layer + loss
+    update    weights + teacher + masters, moments and gradients, all in float32
 
 In:  the settings, config.json of student and teacher.  Out: a table, and the flags that make it fit.
 
@@ -19,13 +20,13 @@ Run it:  python distill.py --student Qwen/Qwen3-VL-2B-Instruct --plan --gpu-memo
 Use it alone: imports nothing but the standard library (a hub name that is not in its table asks
 huggingface_hub for config.json).
 
-What it assumes, always to the safe side
+What it assumes (limits, not averages)
 1) Prompts and answers are as long as the settings allow, and pictures fill the prompts.
-2) A micro-batch is full, of rows with short answers where pictures cost most, of long ones elsewhere.
+2) A micro-batch is full: of rows with short answers for the pictures, of long ones for the rest.
 3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two are
    assumptions; the rest was compared with measured peaks on a CPU (tests/benchmarks/memory.py).
-4) Several GPUs (FSDP2): weights, gradients, optimizer and teacher are cut in N; each GPU also holds
-   the layers that are gathered to compute, and the whole student while it samples.
+4) Several GPUs (sharding.py): weights, gradients, optimizer and teacher are cut in N; each GPU also
+   holds what is gathered to compute, and the whole model while it samples or is evaluated.
 5) A GB is 10^9 bytes; a "24 GB" card has a little more.
 Left out: activation offload, tensor and pipeline parallelism, quantised weights.
 """

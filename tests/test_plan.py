@@ -108,7 +108,7 @@ def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]
     cue_recovery.attach(model, every=2)
     distill.choose_weights(model, train)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
     prompts = [qwen.Prompt([5] * (prompt - 64 - n) + [image] * 64, torch.randn(patches, 384),
                            [(1, 16, 16)]) for n in range(rows)]            # n: so that it is padded
