@@ -1,0 +1,81 @@
+"""pairs.py - what the benchmarks share: alternating measurements in one process, and a table.
+
+The idea.  A machine drifts (other people, clocks, caches), so a time alone says little. Two sides are
+measured in turn, A B A B ..., in one process on the same tensors; each gets the median of its times,
+and the ratio of the medians is the result.
+
+On a GPU the times are those of CUDA events, and memory is the allocator's own peak; on a CPU they are
+wall seconds. Torch's CPU allocator gives large tensors back to the system at once, and on a virtual
+machine the page faults of the next one can cost more than the arithmetic (here 29 ms instead of 1.7 to
+copy 33 MB): keep_pages() asks glibc to keep them, for both sides alike.
+"""
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_pages() -> bool:
+    """Tell glibc to reuse freed memory; False where there is no mallopt (macOS, musl)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3                    # names of malloc.h
+    return bool(mallopt(mmap_threshold, 2**31 - 1) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def seconds(function) -> float:
+    """One call, waited for."""
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(sides: dict, pairs: int) -> dict[str, float]:
+    """Median seconds of each side, measured in turn after one call of each to warm up."""
+    times = {name: [] for name in sides}
+    for n in range(pairs + 1):
+        for name, function in sides.items():
+            spent = seconds(function)
+            if n:
+                times[name].append(spent)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def machine() -> str:
+    """What ran: for the Markdown row and the JSON line."""
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = next((line.split(":")[1].strip() for line in _cpuinfo() if "model name" in line),
+                    platform.processor() or platform.machine())
+        name += f", {torch.get_num_threads()} thread(s)"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def markdown(*cells) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
