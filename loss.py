@@ -36,32 +36,40 @@ import torch
 def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
     """Divergence of two log-distributions (n, V) at n positions, and its gradient.
 
-    Returns nats (n,) and d nats / d student logits (n, V). `tokens` (n,): the sampled ids, for
-    "sampled". Here p is the student's distribution, q the teacher's.
+    Returns nats (n,) and d nats / d student logits (n, V), a tensor of its own. `tokens` (n,): the
+    sampled ids, for "sampled". Here p is the student's distribution, q the teacher's. Written in
+    place where it can be: never more than two (n, V) tensors beside the two that came in (jsd three).
     """
-    p = student.exp()
     if kind == "forward_kl":                  # KL(q || p): where the teacher goes, be there too
         q = teacher.exp()
-        return (q * (teacher - student)).sum(-1), p - q
+        nats = (teacher - student).mul_(q).sum(-1)
+        return nats, student.exp().sub_(q)
     if kind == "reverse_kl":                  # KL(p || q): do not go where the teacher does not
-        ratio = student - teacher
-        nats = (p * ratio).sum(-1)
-        return nats, p * (ratio - nats[:, None])
+        return _through_softmax(student.exp(), student - teacher)
     if kind == "jsd":                         # both, against the mean of the two; at most ln 2
-        q = teacher.exp()
-        middle = torch.logaddexp(student, teacher) - math.log(2)
-        nats = 0.5 * ((p * (student - middle)).sum(-1) + (q * (teacher - middle)).sum(-1))
-        slope = 0.5 * (student - middle)
-        return nats, p * (slope - (p * slope).sum(-1, keepdim=True))
+        middle = torch.logaddexp(student, teacher).sub_(math.log(2))
+        theirs = (teacher - middle).mul_(teacher.exp()).sum(-1)
+        ours, slope = _through_softmax(student.exp(), student - middle)
+        return 0.5 * (ours + theirs), slope.mul_(0.5)
     if kind == "sampled":                     # k1 at the sampled token (eq. 6-8), as in the release:
         floor, clamp = -10.0, 10.0            # log-probs floored, the advantage clamped
         at = tokens[:, None]
         advantage = (teacher.gather(1, at).clamp(min=floor)
                      - student.gather(1, at).clamp(min=floor)).clamp(-clamp, clamp)   # A_n
         # the loss -A_n log p(y_n): its gradient in the logits is A_n (p - onehot)
-        slope = advantage * p
-        return -advantage[:, 0], slope.scatter_add(1, at, -advantage)
+        slope = student.exp().mul_(advantage)
+        return -advantage[:, 0], slope.scatter_add_(1, at, -advantage)
     raise ValueError(f"loss {kind!r}, expected forward_kl, reverse_kl, jsd or sampled")
+
+
+def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
+    """E_p[ratio] (n,), and its gradient p (ratio - E_p[ratio]) in the logits of p; overwrites ratio.
+
+    ratio (n, V) is log p minus something; what p itself adds to the gradient there sums to zero.
+    """
+    weighted = ratio.mul_(p)
+    mean = weighted.sum(-1, keepdim=True)
+    return mean[:, 0], weighted.addcmul_(p, mean, value=-1)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -78,18 +86,21 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head, dtype=exact) if need_head else None
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            student = (student_hidden[part] @ student_head.T).to(exact).log_softmax(-1)   # (n, V)
-            teacher = (teacher_hidden[part] @ teacher_head.T).to(exact).log_softmax(-1)
+            student = (student_hidden[part] @ student_head.T).log_softmax(-1, dtype=exact)   # (n, V)
+            teacher = (teacher_hidden[part] @ teacher_head.T).log_softmax(-1, dtype=exact)
             at = None if tokens is None else tokens[part]
             nats[part], slope = divergence(student, teacher, kind, at)
             if stats is not None:
-                stats["entropy"][part] = -(student.exp() * student).sum(-1)
-                stats["gap"][part] = (teacher - student).gather(1, at[:, None])[:, 0]
+                stats["gap"][part] = (teacher.gather(1, at[:, None])
+                                      - student.gather(1, at[:, None]))[:, 0]
+                stats["entropy"][part] = -student.exp().mul_(student).sum(-1)
+            del student, teacher             # or they would live on beside the next chunk's logits
             if need_hidden:
                 grad_hidden[part] = slope.to(student_head.dtype) @ student_head
             if need_head:
                 # in place: a V x D temporary per chunk would be the largest tensor of the step
-                grad_head.addmm_((slope * weights[part, None]).T, student_hidden[part].to(exact))
+                grad_head.addmm_(slope.mul_(weights[part, None]).T, student_hidden[part].to(exact))
+            del slope
         ctx.save_for_backward(grad_hidden, grad_head, weights)
         return nats
 
@@ -106,7 +117,10 @@ class _ChunkedDivergence(torch.autograd.Function):
             if not torch.allclose(upstream, scale * weights, rtol=1e-4, atol=0):
                 raise ValueError("distill_loss: the result was reduced with other weights than the "
                                  "`weights` it was given (default: all alike)")
-            grad_head = grad_head * scale
+            # exactly 1 when the weights were these. Otherwise in place, since a copy is as large as
+            # the head; torch notices if a retained graph then comes here again
+            if scale != 1:
+                grad_head.mul_(scale)
         return grad_hidden, grad_head, None, None, None, None, None, None, None
 
 
@@ -129,6 +143,9 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
         raise ValueError(f"chunk is {chunk}, expected at least 1")
     if tokens is None and (kind == "sampled" or stats is not None):
         raise ValueError(f"kind {kind!r} or stats: pass the sampled ids as tokens")
+    if not torch.is_grad_enabled():
+        # a custom function is told what has requires_grad, not whether anybody will ask for it
+        student_hidden, student_head = student_hidden.detach(), student_head.detach()
     exact = torch.promote_types(student_hidden.dtype, torch.float32)
     N = student_hidden.shape[0]
     weights = student_hidden.new_ones(N, dtype=exact) if weights is None else weights.to(exact)

@@ -5,7 +5,7 @@ departure 2). A is the textbook form: normalise the visual tokens, project all o
 let torch's own attention kernel read them. B is cue_recovery.Block. Same weights, same input; first
 their values and every gradient must agree, then they are timed in turn.
 
-    python tests/benchmarks/module.py [--quick] [--threads 1] [--pairs 7] [--system-malloc]
+    python tests/benchmarks/module.py [--quick] [--threads 1] [--cpu-seconds]
 
 The one equation, multiply-adds times 2 of one block for N visual tokens, D hidden, H heads:
     textbook  2 (2 D^2 + 2 N D^2 + 2 N D)        absorbed  2 (4 D^2 + 2 H N D)
@@ -98,7 +98,7 @@ def check(block, inputs):
     return worst
 
 
-def compare(B, N, dtype, count):
+def compare(B, N, dtype, count, cpu_seconds):
     block, inputs = make(B, N, dtype)
     upstream = torch.randn_like(inputs[0])
     error = check(block, inputs)
@@ -107,9 +107,10 @@ def compare(B, N, dtype, count):
         with torch.no_grad():
             side(block, *inputs)
     sides = (("textbook", textbook), ("absorbed", absorbed))
-    prefill = pairs.alternate({name: lambda s=side: forward(s) for name, side in sides}, count)
+    prefill = pairs.alternate({name: lambda s=side: forward(s) for name, side in sides}, count,
+                              cpu_seconds)
     train = pairs.alternate({name: lambda s=side: gradients(s, block, inputs, upstream)
-                             for name, side in sides}, count)
+                             for name, side in sides}, count, cpu_seconds)
     return prefill, train, error
 
 
@@ -162,26 +163,21 @@ def extra(N, blocks=6, form="absorbed") -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="batch 1, fewer pairs: below a minute")
-    parser.add_argument("--pairs", type=int, default=0, help="measurements of each side (7, quick 3)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
-    parser.add_argument("--system-malloc", action="store_true", help="leave glibc's malloc as it is")
+    pairs.add_arguments(parser)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    kept = not args.system_malloc and DEVICE.type == "cpu" and pairs.keep_pages()
+    how = pairs.prepare(args)
     count = args.pairs or (3 if args.quick else 7)
     check_counts()
     cases = [(1, 256), (1, 1782), (1, 4096), (8, 256), (8, 1782), (8, 4096)]
     if args.quick:
         cases = cases[:2]
-    print(f"{pairs.machine()}; pages kept: {kept}; median of {count} pairs, ms\n")
+    print(f"{how}; median of {count} pairs, ms\n")
     print("type      B     N |  forward: textbook absorbed  ratio | with backward:  A       B  ratio"
           " | error")
     rows, ratios = [], {}
     for dtype in (torch.float32, torch.bfloat16):
         for B, N in cases:
-            prefill, train, error = compare(B, N, dtype, count)
+            prefill, train, error = compare(B, N, dtype, count, args.cpu_seconds)
             kind = str(dtype).removeprefix("torch.")
             numbers = []
             for name, found in (("forward", prefill), ("with_backward", train)):
@@ -198,8 +194,7 @@ def main():
     for form, share in shares.items():
         print(f"  {form}: " + ", ".join(f"{N:,} tokens {100 * s:.3f} %" for N, s in share.items()))
     print("\n" + "\n".join(rows))
-    print(json.dumps({"benchmark": "module", "machine": pairs.machine(), "pages_kept": kept,
-                      "pairs": count, "ratios": ratios,
+    print(json.dumps({"benchmark": "module", **how, "pairs": count, "ratios": ratios,
                       "extra_flops_percent": {form: {str(N): round(100 * s, 4) for N, s in d.items()}
                                               for form, d in shares.items()}}))
 
