@@ -32,6 +32,8 @@ import torch
 
 # Dimension letters: N scored tokens, n tokens of one chunk, D hidden size, V vocabulary.
 
+ROWS = 16        # tokens between the matrix products: four (16, V) float32 tensors are 39 MB
+
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
     """Divergence of two log-distributions (n, V) at n positions, and its gradient.
@@ -72,6 +74,23 @@ def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
     return mean[:, 0], weighted.addcmul_(p, mean, value=-1)
 
 
+def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> torch.Tensor:
+    """nats of a few rows of logits; writes the gradient over the student's, and fills stats[...][here].
+
+    Products like many tokens at a time. What is between them likes few: its half dozen tensors are
+    then small and stay in the cache. And all but the result is freed on return.
+    """
+    exact = torch.promote_types(student.dtype, torch.float32)
+    log_p, log_q = (logits.log_softmax(-1, dtype=exact) for logits in (student, teacher))
+    at = None if tokens is None else tokens[here]
+    nats, slope = divergence(log_p, log_q, kind, at)
+    student.copy_(slope)
+    if stats is not None:
+        stats["gap"][here] = (log_q.gather(1, at[:, None]) - log_p.gather(1, at[:, None]))[:, 0]
+        stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
+    return nats
+
+
 class _ChunkedDivergence(torch.autograd.Function):
     """distill_loss, with the gradients made in the forward pass, while a chunk's logits exist."""
 
@@ -84,23 +103,23 @@ class _ChunkedDivergence(torch.autograd.Function):
         nats = torch.empty(N, dtype=exact, device=student_hidden.device)
         grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=exact) if need_head else None
+        # the two largest tensors here, written again for every chunk
+        logits = [hidden.new_empty(min(chunk, N), len(head)) for hidden, head in
+                  ((student_hidden, student_head), (teacher_hidden, teacher_head))]
         for start in range(0, N, chunk):
-            part = slice(start, start + chunk)
-            student = (student_hidden[part] @ student_head.T).log_softmax(-1, dtype=exact)   # (n, V)
-            teacher = (teacher_hidden[part] @ teacher_head.T).log_softmax(-1, dtype=exact)
-            at = None if tokens is None else tokens[part]
-            nats[part], slope = divergence(student, teacher, kind, at)
-            if stats is not None:
-                stats["gap"][part] = (teacher.gather(1, at[:, None])
-                                      - student.gather(1, at[:, None]))[:, 0]
-                stats["entropy"][part] = -student.exp().mul_(student).sum(-1)
-            del student, teacher             # or they would live on beside the next chunk's logits
+            part = slice(start, min(start + chunk, N))
+            student, teacher = (x[:part.stop - start] for x in logits)                   # (n, V)
+            torch.mm(student_hidden[part], student_head.T, out=student)
+            torch.mm(teacher_hidden[part], teacher_head.T, out=teacher)
+            for row in range(0, len(student), ROWS):
+                few, here = slice(row, row + ROWS), slice(start + row, min(start + row + ROWS, part.stop))
+                nats[here] = _logits_to_gradient(student[few], teacher[few], kind, tokens, here, stats)
             if need_hidden:
-                grad_hidden[part] = slope.to(student_head.dtype) @ student_head
+                grad_hidden[part] = student @ student_head
             if need_head:
                 # in place: a V x D temporary per chunk would be the largest tensor of the step
-                grad_head.addmm_(slope.mul_(weights[part, None]).T, student_hidden[part].to(exact))
-            del slope
+                slope = student.to(exact).mul_(weights[part, None])
+                grad_head.addmm_(slope.T, student_hidden[part].to(exact))
         ctx.save_for_backward(grad_hidden, grad_head, weights)
         return nats
 
@@ -125,12 +144,13 @@ class _ChunkedDivergence(torch.autograd.Function):
 
 
 def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kind="forward_kl", *,
-                 chunk: int = 128, weights=None, tokens=None, stats: dict | None = None):
+                 chunk: int = 256, weights=None, tokens=None, stats: dict | None = None):
     """Divergence between teacher and student at each of N response tokens: (N,) nats per token.
 
     student_hidden (N, D), teacher_hidden (N, D'): last hidden states *at the position before* each
     token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: see divergence().
-    chunk: tokens whose logits exist at one time; no (N, V) tensor is made.
+    chunk: tokens whose logits exist at one time; no (N, V) tensor is made. The peak is little above
+      two (chunk, V) tensors, and the head's gradient if it learns. Fewer tokens: slower products.
     weights (N,): what the caller multiplies the result with before summing, needed for the head's
       gradient only (default: all alike, as for .sum() or .mean()); other weights raise in backward.
     tokens (N,): the sampled ids; needed for kind "sampled" and for stats.

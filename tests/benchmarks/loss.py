@@ -17,8 +17,9 @@ trl and liger are left out, with a line saying so, where they cannot be imported
     /tmp/trl/bin/python tests/benchmarks/loss.py
 
 Memory is the peak above what the inputs take, of one call: on a CPU in a fresh process a case, as the
-kernel counts it (VmHWM, with malloc as it is); on a GPU as torch's allocator counts it. With a
-trainable head its gradient (V x D in float32) is a floor for everybody and given beside.
+kernel counts it (VmHWM); on a GPU as torch's allocator counts it. With a trainable head its gradient
+(V x D in float32) is a floor for everybody and given beside. Malloc is left as it is, for times too:
+what fresh pages cost is part of what large tensors cost (--malloc keep leaves it out).
 
 Out: a table, Markdown rows for README.md beside this file, and one line of JSON with the ratios.
 """
@@ -163,7 +164,7 @@ def one_case(case) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    pairs.add_arguments(parser)
+    pairs.add_arguments(parser, malloc="system")
     parser.add_argument("--sides", nargs="*", choices=SIDES, help="whole is always among them")
     parser.add_argument("--heads", nargs="*", choices=("frozen", "trainable"),
                         default=("frozen", "trainable"))

@@ -5,9 +5,11 @@ measured in turn, A B A B ..., in one process on the same tensors; each gets the
 and the ratio of the medians is the result.
 
 On a GPU the times are those of CUDA events; on a CPU they are wall seconds, or with --cpu-seconds the
-seconds this process was given, which other people's work on the machine stretches far less. Torch's CPU allocator gives large tensors back to the system at once, and on a virtual
-machine the page faults of the next one can cost more than the arithmetic (here 29 ms instead of 1.7 to
-copy 33 MB): keep_pages() asks glibc to keep them, for both sides alike.
+seconds this process was given, which other people's work on the machine stretches far less.
+
+Torch's CPU allocator gives large tensors back to the system at once, and on a virtual machine the
+page faults of the next one can cost more than the arithmetic (here 29 ms instead of 1.7 to copy 33 MB):
+keep_pages() asks glibc to keep them, for all sides alike.
 """
 from __future__ import annotations
 
@@ -25,21 +27,22 @@ import torch  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_arguments(parser) -> None:
-    """The options that every benchmark has."""
+def add_arguments(parser, malloc="keep") -> None:
+    """The options that every benchmark has. malloc: the default of --malloc."""
     parser.add_argument("--quick", action="store_true", help="fewer sizes and pairs: below a minute")
     parser.add_argument("--pairs", type=int, default=0, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
     parser.add_argument("--cpu-seconds", action="store_true",
                         help="count seconds of this process instead of the wall's (with one thread)")
-    parser.add_argument("--system-malloc", action="store_true", help="leave glibc's malloc as it is")
+    parser.add_argument("--malloc", choices=("keep", "system"), default=malloc,
+                        help=f"keep freed pages, or leave malloc as it is (default: {malloc})")
 
 
 def prepare(args) -> dict:
     """Set what the options ask for; returns how it was measured, for the JSON line."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    kept = not args.system_malloc and DEVICE.type == "cpu" and keep_pages()
+    kept = args.malloc == "keep" and DEVICE.type == "cpu" and keep_pages()
     return {"machine": machine(), "pages_kept": kept,
             "clock": "cuda events" if DEVICE.type == "cuda" else
                      "cpu seconds" if args.cpu_seconds else "wall seconds"}
