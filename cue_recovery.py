@@ -87,19 +87,21 @@ class Block(nn.Module):
         rows = torch.arange(B, device=x.device)
         h = x[rows, sink]                                                          # (B, D)
         v = x[:, lo:hi]                                                            # (B, N, D)
-        r = inverse_rms(v, self.eps)                                               # (B, N)
+        r = inverse_rms(v, self.eps)[..., None]                                    # (B, N, 1)
         q = self.query(h * inverse_rms(h, self.eps)[:, None].to(x.dtype) * self.sink_norm.weight)
         # the query moves through W_K, instead of every token of the picture
         q = torch.einsum("bhd,hdD->bhD", q.view(B, H, d), self.key.weight.view(H, d, D))
         q = q * self.visual_norm.weight                                            # (B, H, D)
-        scores = (q @ v.transpose(1, 2)).to(r.dtype) * r[:, None] / math.sqrt(d)   # (B, H, N)
+        # tokens first: the other way round, q v^T, takes bf16 on a CPU over twenty times as long
+        scores = (v @ q.transpose(1, 2)).to(r.dtype) * r / math.sqrt(d)            # (B, N, H)
         # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
-        scores = scores.masked_fill(~visual[:, None], torch.finfo(scores.dtype).min)
-        attention = scores.softmax(dim=-1) * visual.any(dim=1)[:, None, None]
+        scores = scores.masked_fill(~visual[..., None], torch.finfo(scores.dtype).min)
+        attention = scores.softmax(dim=1) * visual.any(dim=1)[:, None, None]
         # the mean moves through W_V, instead of every token of the picture
-        mean = ((attention * r[:, None]).to(x.dtype) @ v) * self.visual_norm.weight   # (B, H, D)
+        mean = (attention * r).to(x.dtype).transpose(1, 2) @ v                     # (B, H, D)
+        mean = mean * self.visual_norm.weight
         z = torch.einsum("bhD,hdD->bhd", mean, self.value.weight.view(H, d, D)).reshape(B, D)
-        return x.index_put((rows, sink), h + self.output(z)), attention
+        return x.index_put((rows, sink), h + self.output(z)), attention.transpose(1, 2)
 
     def hook(self, layer, args):
         """Pre-hook of the decoder layer that reads the updated sink."""

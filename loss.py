@@ -32,36 +32,63 @@ import torch
 
 # Dimension letters: N scored tokens, n tokens of one chunk, D hidden size, V vocabulary.
 
+ROWS = 16        # tokens between the matrix products: four (16, V) float32 tensors are 39 MB
+
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
     """Divergence of two log-distributions (n, V) at n positions, and its gradient.
 
-    Returns nats (n,) and d nats / d student logits (n, V). `tokens` (n,): the sampled ids, for
-    "sampled". Here p is the student's distribution, q the teacher's.
+    Returns nats (n,) and d nats / d student logits (n, V), a tensor of its own. `tokens` (n,): the
+    sampled ids, for "sampled". Here p is the student's distribution, q the teacher's. Written in
+    place where it can be: never more than two (n, V) tensors beside the two that came in (jsd three).
     """
-    p = student.exp()
     if kind == "forward_kl":                  # KL(q || p): where the teacher goes, be there too
         q = teacher.exp()
-        return (q * (teacher - student)).sum(-1), p - q
+        nats = (teacher - student).mul_(q).sum(-1)
+        return nats, student.exp().sub_(q)
     if kind == "reverse_kl":                  # KL(p || q): do not go where the teacher does not
-        ratio = student - teacher
-        nats = (p * ratio).sum(-1)
-        return nats, p * (ratio - nats[:, None])
+        return _through_softmax(student.exp(), student - teacher)
     if kind == "jsd":                         # both, against the mean of the two; at most ln 2
-        q = teacher.exp()
-        middle = torch.logaddexp(student, teacher) - math.log(2)
-        nats = 0.5 * ((p * (student - middle)).sum(-1) + (q * (teacher - middle)).sum(-1))
-        slope = 0.5 * (student - middle)
-        return nats, p * (slope - (p * slope).sum(-1, keepdim=True))
+        middle = torch.logaddexp(student, teacher).sub_(math.log(2))
+        theirs = (teacher - middle).mul_(teacher.exp()).sum(-1)
+        ours, slope = _through_softmax(student.exp(), student - middle)
+        return 0.5 * (ours + theirs), slope.mul_(0.5)
     if kind == "sampled":                     # k1 at the sampled token (eq. 6-8), as in the release:
         floor, clamp = -10.0, 10.0            # log-probs floored, the advantage clamped
         at = tokens[:, None]
         advantage = (teacher.gather(1, at).clamp(min=floor)
                      - student.gather(1, at).clamp(min=floor)).clamp(-clamp, clamp)   # A_n
         # the loss -A_n log p(y_n): its gradient in the logits is A_n (p - onehot)
-        slope = advantage * p
-        return -advantage[:, 0], slope.scatter_add(1, at, -advantage)
+        slope = student.exp().mul_(advantage)
+        return -advantage[:, 0], slope.scatter_add_(1, at, -advantage)
     raise ValueError(f"loss {kind!r}, expected forward_kl, reverse_kl, jsd or sampled")
+
+
+def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
+    """E_p[ratio] (n,), and its gradient p (ratio - E_p[ratio]) in the logits of p; overwrites ratio.
+
+    ratio (n, V) is log p minus something; what p itself adds to the gradient there sums to zero.
+    """
+    weighted = ratio.mul_(p)
+    mean = weighted.sum(-1, keepdim=True)
+    return mean[:, 0], weighted.addcmul_(p, mean, value=-1)
+
+
+def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> torch.Tensor:
+    """nats of a few rows of logits; writes the gradient over the student's, and fills stats[...][here].
+
+    Products like many tokens at a time. What is between them likes few: its half dozen tensors are
+    then small and stay in the cache. And all but the result is freed on return.
+    """
+    exact = torch.promote_types(student.dtype, torch.float32)
+    log_p, log_q = (logits.log_softmax(-1, dtype=exact) for logits in (student, teacher))
+    at = None if tokens is None else tokens[here]
+    nats, slope = divergence(log_p, log_q, kind, at)
+    student.copy_(slope)
+    if stats is not None:
+        stats["gap"][here] = (log_q.gather(1, at[:, None]) - log_p.gather(1, at[:, None]))[:, 0]
+        stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
+    return nats
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -76,20 +103,23 @@ class _ChunkedDivergence(torch.autograd.Function):
         nats = torch.empty(N, dtype=exact, device=student_hidden.device)
         grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=exact) if need_head else None
+        # the two largest tensors here, written again for every chunk
+        logits = [hidden.new_empty(min(chunk, N), len(head)) for hidden, head in
+                  ((student_hidden, student_head), (teacher_hidden, teacher_head))]
         for start in range(0, N, chunk):
-            part = slice(start, start + chunk)
-            student = (student_hidden[part] @ student_head.T).to(exact).log_softmax(-1)   # (n, V)
-            teacher = (teacher_hidden[part] @ teacher_head.T).to(exact).log_softmax(-1)
-            at = None if tokens is None else tokens[part]
-            nats[part], slope = divergence(student, teacher, kind, at)
-            if stats is not None:
-                stats["entropy"][part] = -(student.exp() * student).sum(-1)
-                stats["gap"][part] = (teacher - student).gather(1, at[:, None])[:, 0]
+            part = slice(start, min(start + chunk, N))
+            student, teacher = (x[:part.stop - start] for x in logits)                   # (n, V)
+            torch.mm(student_hidden[part], student_head.T, out=student)
+            torch.mm(teacher_hidden[part], teacher_head.T, out=teacher)
+            for row in range(0, len(student), ROWS):
+                few, here = slice(row, row + ROWS), slice(start + row, min(start + row + ROWS, part.stop))
+                nats[here] = _logits_to_gradient(student[few], teacher[few], kind, tokens, here, stats)
             if need_hidden:
-                grad_hidden[part] = slope.to(student_head.dtype) @ student_head
+                grad_hidden[part] = student @ student_head
             if need_head:
                 # in place: a V x D temporary per chunk would be the largest tensor of the step
-                grad_head.addmm_((slope * weights[part, None]).T, student_hidden[part].to(exact))
+                slope = student.to(exact).mul_(weights[part, None])
+                grad_head.addmm_(slope.T, student_hidden[part].to(exact))
         ctx.save_for_backward(grad_hidden, grad_head, weights)
         return nats
 
@@ -106,17 +136,21 @@ class _ChunkedDivergence(torch.autograd.Function):
             if not torch.allclose(upstream, scale * weights, rtol=1e-4, atol=0):
                 raise ValueError("distill_loss: the result was reduced with other weights than the "
                                  "`weights` it was given (default: all alike)")
-            grad_head = grad_head * scale
+            # exactly 1 when the weights were these. Otherwise in place, since a copy is as large as
+            # the head; torch notices if a retained graph then comes here again
+            if scale != 1:
+                grad_head.mul_(scale)
         return grad_hidden, grad_head, None, None, None, None, None, None, None
 
 
 def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kind="forward_kl", *,
-                 chunk: int = 128, weights=None, tokens=None, stats: dict | None = None):
+                 chunk: int = 256, weights=None, tokens=None, stats: dict | None = None):
     """Divergence between teacher and student at each of N response tokens: (N,) nats per token.
 
     student_hidden (N, D), teacher_hidden (N, D'): last hidden states *at the position before* each
     token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: see divergence().
-    chunk: tokens whose logits exist at one time; no (N, V) tensor is made.
+    chunk: tokens whose logits exist at one time; no (N, V) tensor is made. The peak is little above
+      two (chunk, V) tensors, and the head's gradient if it learns. Fewer tokens: slower products.
     weights (N,): what the caller multiplies the result with before summing, needed for the head's
       gradient only (default: all alike, as for .sum() or .mean()); other weights raise in backward.
     tokens (N,): the sampled ids; needed for kind "sampled" and for stats.
@@ -129,6 +163,9 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
         raise ValueError(f"chunk is {chunk}, expected at least 1")
     if tokens is None and (kind == "sampled" or stats is not None):
         raise ValueError(f"kind {kind!r} or stats: pass the sampled ids as tokens")
+    if not torch.is_grad_enabled():
+        # a custom function is told what has requires_grad, not whether anybody will ask for it
+        student_hidden, student_head = student_hidden.detach(), student_head.detach()
     exact = torch.promote_types(student_hidden.dtype, torch.float32)
     N = student_hidden.shape[0]
     weights = student_hidden.new_ones(N, dtype=exact) if weights is None else weights.to(exact)

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
 SLACK = 0.05                 # of the peak, for gaps
-CHUNK = 128                  # tokens whose logits exist at one time: loss.distill_loss's default
+CHUNK, ROWS = 256, 16        # tokens whose logits, and whose float32 copies, exist at one time: loss.py's
 ROOM = 128                   # tokens by which the cache grows: rollout.KVCache's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -357,10 +357,12 @@ def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: in
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
     kept, backward = learning(m, b, run, n, rows, picture, row)
     head = m.V * m.D if run.train != "cue" else 0
-    logits = CHUNK * m.V * 28                         # of both models in float32, and their divergence
-    # the head's gradient is made in float32, scaled into a second one, and rounded; backward then
-    # walks through the layers with the rounded one waiting (a tied embedding adds its own at the end)
-    return kept, max(kept + logits + 4 * head, kept + (8 + b) * head, backward + b * head)
+    logits = m.V * (CHUNK * 2 * b + ROWS * 16)        # of both models; the divergence of a few in float32
+    rounded = b if b < 4 else 0                       # of a bf16 head there are both, in both places
+    # the head's gradient is made in float32 and rounded; backward then walks through the layers with
+    # the rounded one waiting (a tied embedding adds its own at the end)
+    making = logits + (4 * head + 4 * CHUNK * m.V * bool(rounded) if head else 0)
+    return kept, max(kept + making, kept + (4 + rounded) * head, backward + b * head)
 
 
 # ---------------------------------------------------------------------------- what would make it fit

@@ -5,6 +5,7 @@ The plain form below lets autograd work on (N, V) logits in float64; loss.py nev
 tensor.
 """
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -301,6 +302,45 @@ def test_second_derivatives_are_refused():
         first.sum().backward()
 
 
+def test_a_retained_graph_never_gives_a_gradient_scaled_twice():
+    """The head's gradient is scaled in place, to save a copy as large as the head. With the announced
+    weights nothing is scaled, and a second backward is right; with a multiple of them torch refuses
+    it."""
+    hidden, teacher_hidden, head, teacher_head, _ = make(5)
+    nats = distill_loss(hidden, teacher_hidden, head, teacher_head)
+    twice = [torch.autograd.grad(nats.sum(), head, retain_graph=True)[0].clone() for _ in range(2)]
+    assert torch.equal(*twice)
+    total = 3 * nats.sum()
+    assert torch.allclose(torch.autograd.grad(total, head, retain_graph=True)[0], 3 * twice[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, head)
+
+
+def test_weights_that_need_no_scaling_give_exactly_the_sum():
+    """The training loop's case: no pass over the head at all, so no rounding either."""
+    hidden, teacher_hidden, head, teacher_head, _ = make(9)
+    weights = torch.rand(9, dtype=torch.float64)
+    nats = distill_loss(hidden, teacher_hidden, head, teacher_head, weights=weights)
+    saved = nats.grad_fn.saved_tensors[1]
+    assert torch.autograd.grad((nats * weights).sum(), head)[0].data_ptr() == saved.data_ptr()
+
+
+def test_only_gradients_that_are_asked_for_are_made():
+    """Products with a head in one chunk: two for logits, one for each gradient. Under no_grad the
+    parameters have requires_grad still, and an evaluation paid for the gradients of a training step."""
+    hidden, teacher_hidden, head, teacher_head, _ = make(5)
+
+    def products(hidden, head):
+        with Watch() as seen:
+            distill_loss(hidden, teacher_hidden, head, teacher_head)
+        return seen.calls["aten.mm"] + seen.calls["aten.addmm_"]
+    assert products(hidden, head) == 4
+    assert products(hidden, head.detach()) == products(hidden.detach(), head) == 3
+    assert products(hidden.detach(), head.detach()) == 2
+    with torch.no_grad():
+        assert products(hidden, head) == 2
+
+
 # ---------------------------------------------------------------------------- numbers at the edge
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,15 +402,16 @@ def test_stats_are_exact():
     assert stats["kept"] == 1 and not any(stats[k].requires_grad for k in ("entropy", "gap"))
 
 
-class Largest(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returned."""
+class Watch(TorchDispatchMode):
+    """Counts the operations, and records the most elements of any tensor that one returned."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = 0
+        self.calls, self.numbers = Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.calls[str(func.overloadpacket)] += 1
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.numbers = max(self.numbers, tensor.numel())
@@ -382,12 +423,12 @@ def test_no_tensor_of_all_logits_is_ever_made(kind):
     """Neither forward nor backward: the largest tensor is one chunk of logits, or the head."""
     N, vocabulary, chunk = 96, 200, 8
     hidden, teacher_hidden, head, teacher_head, tokens = make(N, vocabulary=vocabulary)
-    with Largest() as seen:
+    with Watch() as seen:
         stats = {}
         distill_loss(hidden, teacher_hidden, head, teacher_head, kind, chunk=chunk, tokens=tokens,
                      stats=stats).sum().backward()
     assert seen.numbers == max(chunk * vocabulary, vocabulary * TEACHER)
-    with Largest() as seen:
+    with Watch() as seen:
         plain(hidden @ head.T, teacher_hidden @ teacher_head.T, kind, tokens)
     assert seen.numbers >= N * vocabulary, "the recorder must see what the plain form makes"
 

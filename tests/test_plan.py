@@ -17,7 +17,7 @@ import model as qwen
 import plan
 import rollout
 from conftest import ROOT
-from loss import distill_loss
+from loss import ROWS, distill_loss
 from optimizer import Optimizer
 from rollout import append_response
 from test_layout import class_config, layout, narrow
@@ -83,8 +83,8 @@ def test_cache_is_that_of_the_sampler(loaded, records):
     made = plan.plan(run_of(max_prompt_tokens=batch["input_ids"].shape[1], samples_per_prompt=2,
                             batch_size=2), TINY)
     assert made.parts["key/value cache"] == size_of(cache.buffers)
-    assert (plan.ROOM, plan.CHUNK) == (rollout.KVCache.ROOM, inspect.signature(
-        distill_loss).parameters["chunk"].default)
+    assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (rollout.KVCache.ROOM, inspect.signature(
+        distill_loss).parameters["chunk"].default, ROWS)
 
 
 def shape() -> dict:
