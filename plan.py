@@ -357,11 +357,12 @@ def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: in
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
     kept, backward = learning(m, b, run, n, rows, picture, row)
     head = m.V * m.D if run.train != "cue" else 0
-    logits = m.V * (CHUNK * 2 * b + ROWS * 16)        # of both models; the divergence of a few in float32
+    chunk = min(CHUNK, rows * run.max_new_tokens)
+    logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; the divergence of a few in float32
     rounded = b if b < 4 else 0                       # of a bf16 head there are both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers with
     # the rounded one waiting (a tied embedding adds its own at the end)
-    making = logits + (4 * head + 4 * CHUNK * m.V * bool(rounded) if head else 0)
+    making = logits + (4 * head + 4 * chunk * m.V * bool(rounded) if head else 0)
     return kept, max(kept + making, kept + (4 + rounded) * head, backward + b * head)
 
 
