@@ -94,6 +94,26 @@ def read_jsonl(path: Path) -> list[dict]:
     return out
 
 
+def read_run(folder: Path) -> dict:
+    """What a run's folder holds: {"args", "before", "result", "metrics"}, empty where it is not there yet.
+
+    Raises FileNotFoundError for a folder that is no run's, ValueError naming a damaged file.
+    """
+    folder = Path(folder)
+    if not (folder / "args.json").is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no args.json")
+    parts = {"metrics": read_jsonl(folder / "metrics.jsonl")}
+    for name in ("args", "before", "result"):
+        path = folder / f"{name}.json"
+        try:
+            parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(parts[name], dict):
+            raise ValueError(f"{path}: expected a JSON object, found {type(parts[name]).__name__}")
+    return parts
+
+
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps beyond `step`: a resumed run is going to make them again."""
     if Path(path).exists():

@@ -22,7 +22,7 @@ How to read it
 3) Hint counts are sums over all seeds of the row: while training, and among the test answers.
 4) A run without result.json is listed as unfinished. Nothing is dropped without a word.
 
-Use it alone: standard library only.
+Use it alone: standard library only, and checkpoint.py to read a run's folder.
 Left out: multiple-comparison corrections, and intervals over seeds and questions at once.
 """
 from __future__ import annotations
@@ -118,33 +118,12 @@ class Run:
 
 def load_run(folder, defaults: dict | None = None) -> Run:
     """Raises OSError or ValueError naming the file. defaults: of settings newer than the run."""
-    folder = Path(folder)
-    if not (folder / "args.json").is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no args.json")
-    args = {**(defaults or {}), **read_json(folder / "args.json")}
-    metrics = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_bytes().split(b"\n"):
-            try:
-                metrics.append(json.loads(line))
-            except ValueError:               # the last line, cut by a kill, or the empty end
-                break
-    result = read_json(folder / "result.json", {})
-    if result and "student_accuracy" not in result:
-        raise ValueError(f"{folder / 'result.json'}: no student_accuracy: is it a run's result?")
-    return Run(folder, args, read_json(folder / "before.json", {}), result, metrics)
-
-
-def read_json(path: Path, missing=None) -> dict:
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    from checkpoint import read_run
+    run = Run(Path(folder), **read_run(folder))
+    run.args = {**(defaults or {}), **run.args}
+    if run.result and "student_accuracy" not in run.result:
+        raise ValueError(f"{run.folder / 'result.json'}: no student_accuracy: is it a run's result?")
+    return run
 
 
 def group(runs: list[Run], names) -> dict[tuple, list[Run]]:

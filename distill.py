@@ -386,15 +386,18 @@ class Totals:
             self.gaps[name][1] += int(half.sum())
 
     def metrics(self) -> dict:
-        gaps = {f"gap_{name}": sharding.total(total) / max(1, sharding.total(n))
-                for name, (total, n) in self.gaps.items()}
-        return {"loss": sharding.total(self.loss), "entropy": sharding.total(self.entropy), **gaps}
+        sums = self.loss, self.entropy, *self.gaps["front"], *self.gaps["back"]
+        loss, entropy, front, n_front, back, n_back = map(sum, zip(*sharding.gather(sums)))
+        return {"loss": loss, "entropy": entropy, "gap_front": front / max(1, n_front),
+                "gap_back": back / max(1, n_back)}
 
 
 def describe(rollout: Rollout, answers: list[str]) -> dict:
     """Length, share cut off, and the word "hint" in the answers (those of all processes)."""
-    hints = sum(sharding.gather([evaluate.count_hints(answer) for answer in answers]), [])
-    lengths, stopped = (torch.cat(sharding.gather(x.cpu())) for x in (rollout.lengths, rollout.stopped))
+    hints, lengths, stopped = zip(*sharding.gather((
+        [evaluate.count_hints(answer) for answer in answers],
+        rollout.lengths.cpu(), rollout.stopped.cpu())))
+    hints, lengths, stopped = sum(hints, []), torch.cat(lengths), torch.cat(stopped)
     return {"length": float(lengths.float().mean()), "tokens": int(lengths.sum()),
             "cut_off": float((~stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}

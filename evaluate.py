@@ -236,11 +236,8 @@ def table(summaries: dict[str, dict]) -> str:
                ("cut off %", lambda s: percent(s["cut_off"])), ("length", lambda s: f"{s['length']:.1f}"),
                ("n", lambda s: str(s["n"]))]
     columns = [(name, show) for name, show in columns if all(show(s) for s in summaries.values())]
-    grid = [["", *(name for name, _ in columns)]]
-    grid += [[name, *(show(s) for _, show in columns)] for name, s in summaries.items()]
-    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in grid]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    return compare.grid([["", *(name for name, _ in columns)],
+                         *([name, *(show(s) for _, show in columns)] for name, s in summaries.items())])
 
 
 def before_after(before: list[dict], after: list[dict]) -> str:
@@ -326,6 +323,13 @@ def look(command: str, *argv: str) -> None:
         raise SystemExit(f"evaluate.py: {error}")
 
 
+def load_asked(args, own: dict):
+    """The model of the command line. own: what its run was evaluated with, where nothing is typed."""
+    return load(args.model, args.dtype or None, args.device or None,
+                min_pixels=args.min_pixels or own["min_pixels"] or None,
+                max_pixels=args.max_pixels or own["max_pixels"] or None)
+
+
 def main_ask(args) -> None:
     """Print the answer to one question; a wrong picture is found before the model is loaded."""
     for path in args.image:
@@ -336,9 +340,7 @@ def main_ask(args) -> None:
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise ValueError(f"--image {path}: cannot be read: {reason}") from None
     own = run_settings(Path(args.model))
-    model, processor = load(args.model, args.dtype or None, args.device or None,
-                            min_pixels=args.min_pixels or own["min_pixels"] or None,
-                            max_pixels=args.max_pixels or own["max_pixels"] or None)
+    model, processor = load_asked(args, own)
     record = {"id": "of --ask", "images": args.image, "question": args.ask}
     batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
     got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
@@ -356,9 +358,7 @@ def main_records(args) -> None:
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
     needs = () if args.privilege == "none" else (args.privilege,)
     records = record_files.load(data, needs)[:limit or None]
-    model, processor = load(args.model, args.dtype or None, args.device or None,
-                            min_pixels=args.min_pixels or own["min_pixels"] or None,
-                            max_pixels=args.max_pixels or own["max_pixels"] or None)
+    model, processor = load_asked(args, own)
     rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
                     max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
                     batch_size=args.batch_size, temperature=args.temperature,
@@ -382,8 +382,7 @@ def main_benchmark(args) -> None:
              [:args.limit if args.limit > 0 else None] for name in names}
     model = processor = None
     if not args.rescore:
-        model, processor = load(args.model, args.dtype or None, args.device or None,
-                                min_pixels=args.min_pixels or None, max_pixels=args.max_pixels or None)
+        model, processor = load_asked(args, own)
     results = {name: run_benchmark(name, items[name], args, model, processor) for name in names}
     folder = Path(args.out or "results")
     checkpoint.write_json(folder / "scores.json", results)

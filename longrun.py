@@ -114,6 +114,13 @@ def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@torch.no_grad()
+def load_averaged(teacher, tensors: dict[str, torch.Tensor]) -> None:
+    """An averaged teacher as it was saved. tensors: those of state_tensors()."""
+    for name, parameter in teacher.named_parameters():
+        parameter.copy_(tensors[f"teacher/{name}"])
+
+
 def read_state(folder: Path) -> tuple[int, dict]:
     """(finished steps, tensors) of a killed run, whose files are then brought back to that step."""
     done, tensors, log = 0, {}, checkpoint.read_jsonl(folder / "metrics.jsonl")
@@ -143,8 +150,6 @@ def resume(folder: Path, optimizer, teacher, config) -> int:
         tensors = sharding.cut(tensors)
         optimizer.load_tensors(tensors)
         if config.teacher == "ema":
-            with torch.no_grad():
-                for name, parameter in teacher.named_parameters():
-                    parameter.copy_(tensors[f"teacher/{name}"])
+            load_averaged(teacher, tensors)
     print(f"resuming {folder} after step {done}" + (" (no saved state yet)" if not done else ""))
     return done

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import math
 import shlex
 from dataclasses import dataclass, field, fields
@@ -108,21 +107,8 @@ class Run:
 
 def read_run(folder) -> Run:
     """The files of a run, whichever there are. Raises OSError or ValueError if it is none."""
-    from checkpoint import read_jsonl
-    folder = Path(folder)
-    if not (folder / "args.json").is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no args.json")
-    parts = {}
-    for name in ("args", "before", "result"):
-        path = folder / f"{name}.json"
-        try:
-            parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(parts[name], dict):
-            raise ValueError(f"{path}: expected a JSON object, not {type(parts[name]).__name__}")
-    run = Run(folder, parts["args"], parts["before"], parts["result"],
-              read_jsonl(folder / "metrics.jsonl"))
+    from checkpoint import read_run as read_files
+    run = Run(Path(folder), **read_files(folder))
     data = Path(run.args.get("data") or ".")
     if data.is_file():
         with open(data, "rb") as lines:
@@ -216,6 +202,7 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
 
 def load_averaged(teacher, run: Run) -> None:
     """An averaged teacher as it was at the last saved step."""
+    import longrun
     from checkpoint import load_state
     try:
         _, tensors = load_state(run.folder / "state")
@@ -223,9 +210,7 @@ def load_averaged(teacher, run: Run) -> None:
         run.missing["teacher"] = ("The averaged teacher has no saved state: the log-probs are "
                                   "those of the teacher at the start.")
         return
-    with torch.no_grad():
-        for name, parameter in teacher.named_parameters():
-            parameter.copy_(tensors[f"teacher/{name}"])
+    longrun.load_averaged(teacher, tensors)
 
 
 @torch.no_grad()

@@ -80,19 +80,18 @@ def at_work(teacher, device=None):
     A teacher may be the student itself, if only the student's module is trained: off with it.
     """
     modes = [(module, module.training) for module in teacher.modules()]
-    home = [(tensor, tensor.data) for tensor in (*teacher.parameters(), *teacher.buffers())]
+    home = [] if device is None else [
+        (tensor, tensor.data) for tensor in (*teacher.parameters(), *teacher.buffers())]
     cue = getattr(teacher, "cue_recovery", None)
     try:
         teacher.eval()
-        if device is not None:
-            for tensor, data in home:
-                tensor.data = carry(data, device)
+        for tensor, data in home:
+            tensor.data = carry(data, device)
         with torch.no_grad(), nullcontext() if cue is None else cue.off():
             yield teacher
     finally:
-        if device is not None:
-            for tensor, data in home:
-                tensor.data = data
+        for tensor, data in home:
+            tensor.data = data
         for module, training in modes:
             module.training = training
 

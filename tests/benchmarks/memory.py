@@ -133,7 +133,6 @@ def run_case(name: str) -> dict:
     import tempfile
     import torch
     import distill
-    import model as qwen
     import plan
     size, (rows, changes) = name.split()[0], CASES[name]
     data = records(4, SIDE[size])
