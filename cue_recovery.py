@@ -2,15 +2,15 @@
 
 The idea.  The student must recover from the picture what the teacher was told in words. At a few
 decoder layers, while the prompt is read (prefill), the first token of the sequence - the attention
-sink, which every later token can see - asks all visual tokens of its own row one question and adds the
-answer to itself. Decoding is untouched: the answer already sits in the key/value cache.
+sink, which every later token can see - asks all visual tokens of its own row one question and adds
+the answer to itself. Decoding is untouched: the answer already sits in the key/value cache.
 
-    q = h_sink W_Q    K = V W_K    U = V W_V    z = Attn(q, K, U) W_O    h_sink <- h_sink + z   (eq. 3-5)
+    q = h_sink W_Q   K = V W_K   U = V W_V   z = Attn(q, K, U) W_O   h_sink <- h_sink + z   (eq. 3-5)
 
 V are the hidden states at the visual positions at this layer; RMSNorm comes before the projections.
 
-In:  a stock Qwen3-VL model.  Out: the same model with hooks, and a CueRecovery module holding the new
-weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy include it).
+In:  a stock Qwen3-VL model.  Out: the same model with hooks, and a CueRecovery module holding the
+new weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy include it).
 
 Use it alone (imports torch, and safetensors to save):
     cue = attach(model, every=5)     # the model's logits are still exactly what they were
@@ -21,19 +21,20 @@ Use it alone (imports torch, and safetensors to save):
 Departures from the paper and its release
 1) W_O starts at zero: at step 0 the student is the base model, exactly.
 2) One query needs no K and no U. score_j = q . (W_K x_j) = (W_K^T q) . x_j, and
-   sum_j a_j W_V x_j = W_V (sum_j a_j x_j): project the one query and the one mean instead of N tokens.
+   sum_j a_j W_V x_j = W_V (sum_j a_j x_j): project the one query and the one mean, not N tokens.
    RMSNorm moves along: its gain is a diagonal, its 1/rms one number per token. Same function, same
-   weights, about a hundredth of the multiplications at 1,782 visual tokens; tested against the plain
-   form in float64.
-3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its DeepStack
-   addition), and never behind the last layer, where no token could read the sink any more. The 8B
-   model of the release has such a block: 67 M parameters without a useful gradient.
-4) sink="last" is one step beyond the paper. The first token stands before everything and cannot see the
-   question, so it asks every picture the same thing whatever is asked. The last token of the prompt has
-   read picture and question, and the answer's tokens read it. "first", the paper's, is the default.
-Prefill means: no cached positions yet. A training forward has no cache, so the module is on there. With
-gradient checkpointing and transformers before 5.23, run backward before the next forward: the layers
-are run again in backward and read the masks of the last forward.
+   weights, about a hundredth of the multiplications at 1,782 visual tokens; tested against the
+   plain form in float64.
+3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its
+   DeepStack addition), and never behind the last layer, where no token could read the sink any more.
+   The 8B model of the release has such a block: 67 M parameters without a useful gradient.
+4) sink="last" is one step beyond the paper. The first token stands before everything and cannot see
+   the question, so it asks every picture the same thing whatever is asked. The last token of the
+   prompt has read picture and question, and the answer's tokens read it. "first", the paper's, is
+   the default.
+Prefill means: no cached positions yet. A training forward has no cache, so the module is on there.
+With gradient checkpointing and transformers before 5.23, run backward before the next forward: the
+layers are run again in backward and read the masks of the last forward.
 Left out: anything while decoding, an auxiliary loss, more than one sink at a time.
 """
 from __future__ import annotations
@@ -46,8 +47,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-# Dimension letters: B rows, L tokens, N columns between the first and last visual token of the batch,
-# D hidden size, H heads, d = D / H.
+# Dimension letters: B rows, L tokens, N columns between the first and last visual token of the
+# batch, D hidden size, H heads, d = D / H.
 
 
 class RMSGain(nn.Module):
@@ -62,6 +63,38 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.rsqrt(norm.square() / x.shape[-1] + eps)
+
+
+# The two products with the visual states v, each with a backward pass that reads v as it lies in
+# memory. Autograd's own would read it transposed, which in bf16 on a CPU takes ten times as long or
+# more; the formulas are otherwise the same (tests/benchmarks/README.md, "Module").
+
+class _Scores(torch.autograd.Function):
+    """v q^T: v (B, N, D), q (B, H, D) -> (B, N, H)."""
+
+    @staticmethod
+    def forward(ctx, v, q):
+        ctx.save_for_backward(v, q)
+        return v @ q.mT
+
+    @staticmethod
+    def backward(ctx, upstream):
+        v, q = ctx.saved_tensors
+        return upstream @ q, upstream.mT @ v
+
+
+class _Mean(torch.autograd.Function):
+    """a^T v: a (B, N, H), v (B, N, D) -> (B, H, D)."""
+
+    @staticmethod
+    def forward(ctx, a, v):
+        ctx.save_for_backward(a, v)
+        return a.mT @ v
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, v = ctx.saved_tensors
+        return v @ upstream.mT, a @ upstream
 
 
 class Block(nn.Module):
@@ -92,13 +125,12 @@ class Block(nn.Module):
         # the query moves through W_K, instead of every token of the picture
         q = torch.einsum("bhd,hdD->bhD", q.view(B, H, d), self.key.weight.view(H, d, D))
         q = q * self.visual_norm.weight                                            # (B, H, D)
-        # tokens first: the other way round, q v^T, takes bf16 on a CPU over twenty times as long
-        scores = (v @ q.transpose(1, 2)).to(r.dtype) * r / math.sqrt(d)            # (B, N, H)
+        scores = _Scores.apply(v, q).to(r.dtype) * r / math.sqrt(d)                # (B, N, H)
         # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
         scores = scores.masked_fill(~visual[..., None], torch.finfo(scores.dtype).min)
         attention = scores.softmax(dim=1) * visual.any(dim=1)[:, None, None]
         # the mean moves through W_V, instead of every token of the picture
-        mean = (attention * r).to(x.dtype).transpose(1, 2) @ v                     # (B, H, D)
+        mean = _Mean.apply((attention * r).to(x.dtype), v)                         # (B, H, D)
         mean = mean * self.visual_norm.weight
         z = torch.einsum("bhD,hdD->bhd", mean, self.value.weight.view(H, d, D)).reshape(B, D)
         return x.index_put((rows, sink), h + self.output(z)), attention.transpose(1, 2)
@@ -173,8 +205,8 @@ class CueRecovery(nn.Module):
                              "not inputs_embeds, or detach() the module")
         mask = kwargs.get("attention_mask")
         if mask is not None and (not torch.is_tensor(mask) or mask.shape != ids.shape):
-            raise ValueError("cue recovery needs the (B, L) attention mask to find each row's first "
-                             f"token, got {getattr(mask, 'shape', type(mask))} for {ids.shape}")
+            raise ValueError("cue recovery needs the (B, L) attention mask to find each row's sink, "
+                             f"got {getattr(mask, 'shape', type(mask))} for {ids.shape}")
         visual = (ids == self.image_ids[0]) | (ids == self.image_ids[1])           # (B, L)
         columns = visual.any(dim=0).nonzero()[:, 0]
         now.on = len(columns) > 0                       # a batch of text only: nothing to ask
@@ -192,8 +224,8 @@ class CueRecovery(nn.Module):
         if self.end is not None:
             return torch.as_tensor(self.end, device=mask.device).expand(len(mask)) - 1
         if not cached:
-            raise ValueError("sink=\"last\": without a cache this forward may hold a response too; say "
-                             "where the prompt ends, `with model.cue_recovery.prompt(end): ...`")
+            raise ValueError("sink=\"last\": without a cache this forward may hold a response too; "
+                             "say where the prompt ends, `with model.cue_recovery.prompt(end): ...`")
         return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
     @contextmanager
@@ -211,7 +243,7 @@ class CueRecovery(nn.Module):
 
     @contextmanager
     def off(self):
-        """The stock model meanwhile: so a frozen backbone can be its own teacher, without a copy."""
+        """The stock model meanwhile, so that a frozen backbone can teach without a copy of it."""
         was, self.prefill.muted = self.prefill.muted, True
         try:
             yield
@@ -255,7 +287,7 @@ def attach(model, every: int = 5, seed: int = 0, sink: str = "first") -> CueReco
     """Hook the module into a Qwen3-VL model, in place, and return it. `seed` draws its weights.
 
     every: one block each `every` layers (the paper: 5). sink: the token that asks, "first" of the
-    sequence (the paper) or "last" of the prompt. Raises ValueError if the model has a module already.
+    sequence (the paper) or "last" of the prompt. Raises ValueError if there is a module already.
     """
     if sink not in ("first", "last"):
         raise ValueError(f"sink {sink!r}, expected first or last")

@@ -178,19 +178,12 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
                   optimizer: Optimizer) -> tuple[dict, list[str]]:
     """The algorithm. Returns the step's metrics and an answer to each record as text."""
     # 1) prompts: what the student sees, and the same with the privilege in it
-    mine = sharding.share(records)        # all of them, unless several processes share the step
-    prompts = read_prompts(student, teacher, processor, mine, config)
-    hinted = [processor.prompt(r, teaching.hint(r, config.privilege), seen=prompt)
-              for r, prompt in zip(mine, prompts)]
+    prompts, hinted = read_prompts(student, teacher, processor, records, config)
+    clock, K = Clock(), config.samples_per_prompt      # K rows a prompt, one beside the other
     # 2) rollout: the student answers (eq. 6: y ~ p_theta)
-    clock = Clock()
     with sharding.gathered(student):
-        rollout = sample_all(student, processor, prompts, config, seed=config.seed * 1_000_003 + step)
-    tokens = sharding.total(int(rollout.lengths.sum()))
-    clock.lap("sample", tokens)
-    # from here on a prompt stands once for each of its responses
-    K = config.samples_per_prompt
-    prompts, hinted = ([p for p in views for _ in range(K)] for views in (prompts, hinted))
+        rollout = sample_all(student, processor, prompts, config, config.seed * 1_000_003 + step)
+    clock.lap("sample")
     # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
     total = Totals()
     student.train()
@@ -200,13 +193,11 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     for (rows, blanks), (said_by_teacher, teacher_head) in zip(groups, taught):
         lengths, ids, mask = responses(rollout, rows)
         said_by_student = response_states(student, processor, prompts, rows, ids, mask, blanks)
-        # per-sequence mean, then mean over the responses of a prompt and over the prompts: over all
-        # responses of the step alike, since each prompt has K; however it is cut (eq. 7)
+        # the mean over a response's tokens, and then over all responses of the step (eq. 7)
         weights = (1 / (len(records) * K * lengths)).repeat_interleave(lengths)          # (N,)
         stats = {}
-        nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight,
-                            teacher_head, config.loss, weights=weights,
-                            tokens=ids[mask], stats=stats)
+        nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight, teacher_head,
+                            config.loss, weights=weights, tokens=ids[mask], stats=stats)
         if nats.requires_grad:      # not so if only the module is trained and there is no picture
             (nats * weights).sum().backward()
         if rows:
@@ -214,30 +205,42 @@ def training_step(student, teacher, processor, records: list[dict], config: Conf
     sharding.release(teacher)
     # 4) update
     norm = optimizer.step(step)
-    if config.teacher == "ema" and math.isfinite(norm):
+    finite = math.isfinite(norm)
+    if config.teacher == "ema" and finite:
         teaching.update_ema(teacher, student, config.ema_decay)
-    clock.lap("score", tokens)
+    clock.lap("score")
     answers = [processor.decode(ids[:n]) for ids, n in zip(rollout.ids, rollout.lengths)]
-    return {"step": step + 1, **total.metrics(), **describe(rollout, answers),
-            # null, since JSON has no NaN
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            "skipped": int(not math.isfinite(norm)), **clock.metrics()}, sharding.collect(answers[::K])
+    metrics = {"step": step + 1, **total.metrics(), **describe(rollout, answers),
+               "gradient_norm": norm if finite else None,               # JSON has no NaN
+               "skipped": int(not finite)}
+    return metrics | clock.metrics(metrics["tokens"]), sharding.collect(answers[::K])
 
 
-def read_prompts(student, teacher, processor, records, config) -> list[qwen.Prompt]:
-    """What the student sees of each record. A picture is decoded here, once a step, never again."""
+def read_prompts(student, teacher, processor, records, config) -> tuple[list, list]:
+    """What the student sees of each record, and what the teacher; each K times, the same object.
+
+    A picture is decoded here, once a step, never again.
+    """
+    mine = sharding.share(records)        # all of them, unless several processes share the step
     with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
-        prompts = list(pool.map(processor.prompt, records))
+        prompts = list(pool.map(processor.prompt, mine))
     if config.train != "all" and config.teacher == "self" and sharding.world == 1:
         # one frozen tower in both models: each picture goes through it once, not three times
         prompts = vision.read_once(prompts, student, teacher, rows=config.sample_batch)
-    return prompts
+    hinted = [processor.prompt(record, teaching.hint(record, config.privilege), seen=prompt)
+              for record, prompt in zip(mine, prompts)]
+    K = config.samples_per_prompt
+    return [p for p in prompts for _ in range(K)], [p for p in hinted for _ in range(K)]
 
 
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
-    """Sample K responses to every prompt, about `sample_batch` rows at a time; a Rollout for all."""
+    """A response to each of `prompts`, about `sample_batch` rows at a time; a Rollout for all.
+
+    Every K of them are one prompt, and are read once.
+    """
+    K, prompts = config.samples_per_prompt, prompts[::config.samples_per_prompt]
     # drawn for the whole step at once, so that a token does not depend on how the step is cut
-    K, count = config.samples_per_prompt, sharding.total(len(prompts))
+    count = sharding.total(len(prompts))
     uniforms = torch.rand(count * K, config.max_new_tokens, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(seed))
     uniforms = sharding.share(uniforms.view(count, K, -1)).flatten(0, 1)
@@ -359,15 +362,15 @@ class Clock:
     def __init__(self):
         self.start, self.laps = time.perf_counter(), {}
 
-    def lap(self, name: str, tokens: int) -> None:
+    def lap(self, name: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.laps[name], self.start = (now - self.start, tokens), now
+        self.laps[name], self.start = now - self.start, now
 
-    def metrics(self) -> dict:
-        out = {f"{k}_seconds": round(s, 3) for k, (s, _) in self.laps.items()}
-        return out | {f"{k}_tokens_per_second": round(n / s) for k, (s, n) in self.laps.items()}
+    def metrics(self, tokens: int) -> dict:
+        out = {f"{k}_seconds": round(s, 3) for k, s in self.laps.items()}
+        return out | {f"{k}_tokens_per_second": round(tokens / s) for k, s in self.laps.items()}
 
 
 class Totals:

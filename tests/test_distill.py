@@ -171,10 +171,10 @@ def test_several_samples_of_a_prompt_are_averaged(tiny, records):
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records[:6]]
     twice, cut = config(samples_per_prompt=2), config(samples_per_prompt=2, sample_batch=5)
-    rollout = distill.sample_all(student, processor, prompts, twice, seed=0)
-    again = distill.sample_all(student, processor, [p for p in prompts for _ in range(2)],
-                               config(sample_batch=12), seed=0)
-    parts = distill.sample_all(student, processor, prompts, cut, seed=0)
+    doubled = [p for p in prompts for _ in range(2)]
+    rollout = distill.sample_all(student, processor, doubled, twice, seed=0)
+    again = distill.sample_all(student, processor, doubled, config(sample_batch=12), seed=0)
+    parts = distill.sample_all(student, processor, doubled, cut, seed=0)
     assert len(rollout.ids) == 12 and rollout.ids.tolist() == again.ids.tolist()
     assert rollout.ids.tolist() == parts.ids.tolist()
     one, a = one_step(tiny, [r for r in records[:3] for _ in range(2)], sample_batch=12)

@@ -74,8 +74,8 @@ def keep_tokens(name: str, run) -> None:
     def sample_all(*arguments, **settings):
         got = original(*arguments, **settings)
         rows = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]
-        each = len(rows) // max(1, len(arguments[2]))                      # samples per prompt
-        rows = sharding.collect([rows[i:i + each] for i in range(0, len(rows), max(1, each))])
+        K = arguments[3].samples_per_prompt
+        rows = sharding.collect([rows[i:i + K] for i in range(0, len(rows), K)])
         if sharding.is_main():
             checkpoint.append_jsonl(out, {"ids": rows})
         return got
