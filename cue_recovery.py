@@ -5,7 +5,7 @@ decoder layers, while the prompt is read (prefill), the first token of the seque
 sink, which every later token can see - asks all visual tokens of its own row one question and adds
 the answer to itself. Decoding is untouched: the answer already sits in the key/value cache.
 
-    q = h_sink W_Q   K = V W_K   U = V W_V   z = Attn(q, K, U) W_O   h_sink <- h_sink + z   (eq. 3-5)
+    q = h_sink W_Q   K = V W_K   U = V W_V   z = Attn(q, K, U) W_O   h_sink <- h_sink + z  (eq. 3-5)
 
 V are the hidden states at the visual positions at this layer; RMSNorm comes before the projections.
 
@@ -26,8 +26,8 @@ Departures from the paper and its release
    weights, about a hundredth of the multiplications at 1,782 visual tokens; tested against the
    plain form in float64.
 3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its
-   DeepStack addition), and never behind the last layer, where no token could read the sink any more.
-   The 8B model of the release has such a block: 67 M parameters without a useful gradient.
+   DeepStack addition), and never behind the last layer, where no token could read the sink any
+   more. The 8B model of the release has such a block: 67 M parameters without a useful gradient.
 4) sink="last" is one step beyond the paper. The first token stands before everything and cannot see
    the question, so it asks every picture the same thing whatever is asked. The last token of the
    prompt has read picture and question, and the answer's tokens read it. "first", the paper's, is
@@ -205,8 +205,8 @@ class CueRecovery(nn.Module):
                              "not inputs_embeds, or detach() the module")
         mask = kwargs.get("attention_mask")
         if mask is not None and (not torch.is_tensor(mask) or mask.shape != ids.shape):
-            raise ValueError("cue recovery needs the (B, L) attention mask to find each row's sink, "
-                             f"got {getattr(mask, 'shape', type(mask))} for {ids.shape}")
+            raise ValueError("cue recovery needs the (B, L) attention mask to find each row's "
+                             f"sink, got {getattr(mask, 'shape', type(mask))} for {ids.shape}")
         visual = (ids == self.image_ids[0]) | (ids == self.image_ids[1])           # (B, L)
         columns = visual.any(dim=0).nonzero()[:, 0]
         now.on = len(columns) > 0                       # a batch of text only: nothing to ask
@@ -225,7 +225,7 @@ class CueRecovery(nn.Module):
             return torch.as_tensor(self.end, device=mask.device).expand(len(mask)) - 1
         if not cached:
             raise ValueError("sink=\"last\": without a cache this forward may hold a response too; "
-                             "say where the prompt ends, `with model.cue_recovery.prompt(end): ...`")
+                             "say where the prompt ends: `with model.cue_recovery.prompt(end):`")
         return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
     @contextmanager

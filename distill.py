@@ -8,13 +8,13 @@
         (cue_recovery.py, prefill only)
 
 The idea.  The student answers its own prompts; a teacher that was also told what is relevant in the
-picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled toward the teacher token
-by token. At inference nothing is changed: no hint, the picture must do.
+picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled toward the teacher
+token by token. At inference nothing is changed: no hint, the picture must do.
 
-In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint that AutoModel loads.
+In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint for AutoModel.
 
 The one equation (eq. 6-8, with the exact divergence in place of its one-sample estimate):
-    L = mean over prompts of  1/|y| sum_n D( p_T(. | X, S, y_<n) , p_theta(. | X, y_<n) ),  y ~ p_theta
+    L = mean over prompts of 1/|y| sum_n D( p_T(. | X, S, y_<n), p_theta(. | X, y_<n) ), y ~ p_theta
 
 Run
     python distill.py                                            the tiny default: minutes on a CPU
@@ -24,8 +24,8 @@ Run
 Departures from the paper and its release
 1) The loss is the exact forward KL over the whole vocabulary (OPSD's objective, appendix F.3) by
    default. `--loss sampled` is what the paper trains with: k1, one sample per position, clamped.
-   `--loss reverse_kl` is that objective without the sampling noise of the current token: for one state,
-   E_{y ~ p_theta}[-A grad log p_theta(y)] is exactly the gradient of KL(p_theta || p_T).
+   `--loss reverse_kl` is that objective without the sampling noise of the current token: for one
+   state, E_{y ~ p_theta}[-A grad log p_theta(y)] is exactly the gradient of KL(p_theta || p_T).
 2) One update per rollout batch, so the PPO ratio is 1 and the clip idle; neither is written here.
 3) The recovery module has its own learning rate: 1e-6 from W_O = 0 goes nowhere.
 Left out: rewards, GRPO, a value model, a reference-model penalty, several updates per rollout.
@@ -59,7 +59,8 @@ from loss import distill_loss
 from optimizer import Optimizer
 from rollout import Rollout, append_response, sample
 
-# Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden, V vocabulary.
+# Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden size,
+# V vocabulary.
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,7 +73,7 @@ def option(default, text: str, choices=None):
 
 @dataclass
 class Config:
-    """Every knob. The defaults are for a real model (paper, table 3); TOY is for the tiny default."""
+    """Every knob. The defaults are for a real model (paper, table 3), TOY for the tiny default."""
     student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
     teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
     ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step")
@@ -84,7 +85,7 @@ class Config:
     eval_limit: int = option(512, "use the first so many test records, 0 for all")
     steps: int = option(275, "updates; 275 is the paper's main run")
     batch_size: int = option(128, "prompts an update")
-    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all of them")
+    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all")
     sample_batch: int = option(32, "rows sampled at a time: bounds the key/value cache")
     micro_batch_tokens: int = option(16384, "tokens, padding included, scored at a time")
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut")
@@ -95,17 +96,17 @@ class Config:
     lr: float = option(1e-6, "learning rate of the model")
     cue_lr: float = option(1e-4, "learning rate of the recovery module")
     warmup: int = option(10, "steps until the full learning rate")
-    final_lr: float = option(0.1, "share of the rate left at the last step; 1 is the paper's constant")
+    final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)")
     clip: float = option(1.0, "largest gradient norm")
     weight_decay: float = option(0.0, "AdamW's")
     cue_recovery: bool = option(True, "attach the sink-token module to the student")
-    every: int = option(0, "a module block each so many layers; 0 is 5, or a third of a shallow model")
-    sink: str = option("first", "the token that asks the picture: first of the sequence (the paper), or "
+    every: int = option(0, "a module block each so many layers; 0: 5, or a third of a shallow one")
+    sink: str = option("first", "the token that asks the picture: first of the sequence (paper), or "
                        "last of the prompt, which has read the question", ("first", "last"))
-    train: str = option("all", "which weights: all, language (no vision tower), cue (the module only)",
+    train: str = option("all", "which weights: all, language (no vision tower), cue (the module)",
                         ("all", "language", "cue"))
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    offload_teacher: bool = option(False, "keep the teacher in CPU memory, on the GPU only to score")
+    offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own")
     max_pixels: int = option(0, "largest picture in pixels, 0 for the checkpoint's own")
@@ -336,7 +337,7 @@ def teacher_says(teacher, processor, hinted, groups, rollout, config, device):
 
 
 def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
-    """Rows grouped by length, so that a group padded to its longest row stays within `budget` tokens.
+    """Rows grouped by length; a group padded to its longest row stays within `budget` tokens.
 
     A row longer than the budget gets a group of its own, and a row much shorter than its group
     starts the next one: a small forward pass costs less than a large one of padding.
@@ -433,7 +434,8 @@ def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, len(records))
         if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(records)), len(records))
+            shuffled = random.Random(f"{seed} {epoch}").sample(range(len(records)), len(records))
+            orders[epoch] = shuffled
         out.append(records[orders[epoch][place]])
     return out
 
@@ -453,8 +455,8 @@ def build_models(config: Config):
         raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
                          "stay beside the student")
     if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
-        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of several, "
-                         "each holds its slice on its own GPU")
+        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
+                         "several, each holds its slice on its own GPU")
     budget = dict(min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None)
     options = dict(dtype=config.dtype or None, device=config.device or None,
                    attention=config.attention, **budget)
@@ -470,8 +472,8 @@ def build_models(config: Config):
         there = {"device": "cpu"} if config.offload_teacher else {}
         teacher, other = qwen.load(config.teacher, cue=False,
                                    **{**options, "dtype": student.dtype, **there})
-        teaching.check_same_vocabulary(processor.vocab, other.vocab,
-                                       student.lm_head.weight.shape[0], teacher.lm_head.weight.shape[0])
+        teaching.check_same_vocabulary(processor.vocab, other.vocab, len(student.lm_head.weight),
+                                       len(teacher.lm_head.weight))
         if (processor.patch, processor.merge) != (other.patch, other.merge):
             raise ValueError(f"student and teacher cut pictures into patches of {processor.patch} "
                              f"and {other.patch} pixels, so they cannot read the same prompt")
@@ -518,13 +520,15 @@ def evaluate_on(model, processor, test, config, privilege="none", label="") -> t
 def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
     path = folder / "before.json"
-    before = sharding.from_main(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before = sharding.from_main(found)
     if before:
         return before
     rows, base = evaluate_on(student, processor, test, config, label="base, no hint")
     print("base     " + evaluate.line(base))
     with teaching.at_work(teacher, student.device if config.offload_teacher else None):
-        _, taught = evaluate_on(teacher, processor, test, config, config.privilege, "teacher, hinted")
+        _, taught = evaluate_on(teacher, processor, test, config, config.privilege,
+                                "teacher, hinted")
     print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
     if config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
@@ -546,12 +550,13 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, fold
                dynamic_ncols=True, disable=not sharding.is_main())
     for step in bar:
         records = batch_of(train, step, config.batch_size, config.seed)
-        metrics, answers = training_step(student, teacher, processor, records, config, step, optimizer)
+        metrics, answers = training_step(student, teacher, processor, records, config, step,
+                                         optimizer)
         done = step + 1
         log.append(metrics)
         if len(log) >= 5 and all(m["skipped"] for m in log[-5:]):
-            raise FloatingPointError(f"step {done}: the gradient was not finite five times in a row; "
-                                     "lower --lr, or use --dtype float32")
+            raise FloatingPointError(f"step {done}: the gradient was not finite five times in a "
+                                     "row; lower --lr, or use --dtype float32")
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
                         tok_s=metrics["sample_tokens_per_second"])
         # one clock for all processes: they must agree on when the time is up
@@ -614,8 +619,8 @@ def finish(student, processor, test, config, folder, before, started) -> None:
           f"accuracy {evaluate.percent(best['accuracy'])} %"
           + (f", kept in {folder / 'best'}" if config.keep else ""))
     print(f"rollouts with the word \"hint\": {result['hint_rows']} of {result['rollouts']}\n"
-          f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with\n"
-          f"  python evaluate.py --model {folder / 'checkpoint'}")
+          f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with"
+          f"\n  python evaluate.py --model {folder / 'checkpoint'}")
 
 
 @sharding.peers()
@@ -645,7 +650,8 @@ def main(argv=None) -> None:
         if sharding.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "args.json", asdict(config))
-            started -= sum(m.get("seconds", 0) for m in checkpoint.read_jsonl(folder / "metrics.jsonl"))
+            log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
+            started -= sum(m.get("seconds", 0) for m in log)
     except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
         raise SystemExit(f"distill.py: {error}")
     try:

@@ -1,28 +1,30 @@
 """loss.py - how far the student's next-token distribution is from the teacher's, token by token.
 
-The idea.  Student and teacher have read the same response; at each of its N tokens each holds a hidden
-state from which its lm_head makes V logits. The divergence of the two distributions is exact, over the
-whole vocabulary, at temperature 1. V is 151,936: logits of a whole response would be the largest
-tensors of the step (1,024 tokens: 0.6 GB a copy, several copies), so they exist a chunk at a time, and
-the gradient is made right there, instead of keeping the logits or computing them twice.
+The idea.  Student and teacher have read the same response; at each of its N tokens each holds a
+hidden state from which its lm_head makes V logits. The divergence of the two distributions is
+exact, over the whole vocabulary, at temperature 1. V is 151,936: logits of a whole response would
+be the largest tensors of the step (1,024 tokens: 0.6 GB a copy, several copies), so they exist a
+chunk at a time, and the gradient is made right there, instead of keeping the logits or computing
+them twice.
 
     forward_kl  KL(p_T || p)   covers what the teacher would say; OPSD's objective, the default
     reverse_kl  KL(p || p_T)   avoids what the teacher would not say
     jsd         between the two, at most ln 2
     sampled     k1 at the sampled token only: what the paper trains with (eq. 6-8)
 
-In:  hidden states (N, D) of both models, both heads.  Out: (N,) nats, differentiable in the student's.
+In:  hidden states (N, D) of both models, both heads.
+Out: (N,) nats, differentiable in the student's.
 
 The one equation.  With p = softmax(student logits), the gradient in the logits:
-    forward_kl  p - p_T      reverse_kl  p (log p - log p_T - KL)      sampled  A_n (p - onehot(y_n))
+    forward_kl  p - p_T     reverse_kl  p (log p - log p_T - KL)     sampled  A_n (p - onehot(y_n))
 
 Why `sampled` and `reverse_kl` are one objective: the mean of the sampled gradient over y ~ p is the
-gradient of reverse_kl (E[onehot] = p, E[A] = -KL); a test checks it. The exact form has no noise from
-the current token; the noise of the sampled prefix stays.
+gradient of reverse_kl (E[onehot] = p, E[A] = -KL); a test checks it. The exact form has no noise
+from the current token; the noise of the sampled prefix stays.
 
 Use it alone: imports torch only.
-Left out: temperatures other than 1, clamps on single entries of the vocabulary (they flip gradients),
-top-k truncation (it throws the tail's gradient away).
+Left out: temperatures other than 1, clamps on single entries of the vocabulary (they flip
+gradients), top-k truncation (it throws the tail's gradient away).
 """
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=N
 
     Returns nats (n,) and d nats / d student logits (n, V), a tensor of its own. `tokens` (n,): the
     sampled ids, for "sampled". Here p is the student's distribution, q the teacher's. Written in
-    place where it can be: never more than two (n, V) tensors beside the two that came in (jsd three).
+    place where it can be: at most two (n, V) tensors beside the two that came in (jsd three).
     """
     if kind == "forward_kl":                  # KL(q || p): where the teacher goes, be there too
         q = teacher.exp()
@@ -53,7 +55,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=N
         theirs = (teacher - middle).mul_(teacher.exp()).sum(-1)
         ours, slope = _through_softmax(student.exp(), student - middle)
         return 0.5 * (ours + theirs), slope.mul_(0.5)
-    if kind == "sampled":                     # k1 at the sampled token (eq. 6-8), as in the release:
+    if kind == "sampled":                     # k1 at the sampled token (eq. 6-8); in the release
         floor, clamp = -10.0, 10.0            # log-probs floored, the advantage clamped
         at = tokens[:, None]
         advantage = (teacher.gather(1, at).clamp(min=floor)
@@ -65,9 +67,10 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=N
 
 
 def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
-    """E_p[ratio] (n,), and its gradient p (ratio - E_p[ratio]) in the logits of p; overwrites ratio.
+    """E_p[ratio] (n,), and its gradient in the logits of p, p (ratio - E_p[ratio]) (n, V).
 
-    ratio (n, V) is log p minus something; what p itself adds to the gradient there sums to zero.
+    ratio (n, V) is log p minus something; what p itself adds to the gradient there sums to zero. It
+    is overwritten.
     """
     weighted = ratio.mul_(p)
     mean = weighted.sum(-1, keepdim=True)
@@ -75,7 +78,7 @@ def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
 
 
 def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> torch.Tensor:
-    """nats of a few rows of logits; writes the gradient over the student's, and fills stats[...][here].
+    """nats of a few rows of logits; writes the gradient over the student's, fills stats[...][here].
 
     Products like many tokens at a time. What is between them likes few: its half dozen tensors are
     then small and stay in the cache. And all but the result is freed on return.
@@ -112,8 +115,10 @@ class _ChunkedDivergence(torch.autograd.Function):
             torch.mm(student_hidden[part], student_head.T, out=student)
             torch.mm(teacher_hidden[part], teacher_head.T, out=teacher)
             for row in range(0, len(student), ROWS):
-                few, here = slice(row, row + ROWS), slice(start + row, min(start + row + ROWS, part.stop))
-                nats[here] = _logits_to_gradient(student[few], teacher[few], kind, tokens, here, stats)
+                few = slice(row, row + ROWS)
+                here = slice(start + row, min(start + row + ROWS, part.stop))
+                nats[here] = _logits_to_gradient(student[few], teacher[few], kind, tokens, here,
+                                                 stats)
             if need_hidden:
                 grad_hidden[part] = student @ student_head
             if need_head:

@@ -5,15 +5,16 @@ checkpoint's folder: config.json, tokenizer.json, preprocessor_config.json, gene
 A prompt is a list of token ids and, for each picture, a stack of flattened patches:
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
-    <|im_start|>user\\n<|vision_start|><|image_pad|> x n<|vision_end|>question[\\n[Hint]: hint]<|im_end|>\\n
+    <|im_start|>user\\n
+    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n
 
-In:  a record {"images": [paths or PIL images], "question": str} and, for the teacher, a hint; a video
-     is {"video": [frames], "fps": 2.0}, or with "seconds", the time of each frame.
+In:  a record {"images": [paths or PIL images], "question": str} and, for the teacher, a hint; a
+     video is {"video": [frames], "fps": 2.0}, or with "seconds", the time of each frame.
 Out: Prompt(ids, pixels, grids); batch() pads several into the keyword arguments of the model.
 
-The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  visual tokens (P = patch
-size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
+The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  visual tokens (P =
+patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
 tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja.
@@ -23,8 +24,8 @@ What differs from the class's own processor, and why:
    "<|im_end|>" inside a question into the id that ends the turn; here it stays plain text.
 2) M-RoPE positions are computed once, here, and passed to the model. Left to itself the model keeps
    them as hidden state between calls (`rope_deltas`), which a teacher's forward pass overwrites.
-3) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the RGB
-   picture that a viewer would show.
+3) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the
+   RGB picture that a viewer would show.
 Left out: decoding a video file (give frames), tool calls and multi-turn chats.
 """
 from __future__ import annotations
@@ -71,7 +72,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def fit(height: int, width: int, multiple: int, min_pixels: int,
+        max_pixels: int) -> tuple[int, int]:
     """Size after resizing: multiples of `multiple`, about the same shape, inside the pixel budget.
 
     >>> fit(100, 200, 32, 32 * 32, 4096 * 4096)
@@ -94,7 +96,8 @@ def fit(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
     return new_height, new_width
 
 
-def patchify(frames: np.ndarray, patch: int, merge: int, temporal: int) -> tuple[torch.Tensor, tuple]:
+def patchify(frames: np.ndarray, patch: int, merge: int,
+             temporal: int) -> tuple[torch.Tensor, tuple]:
     """(F, H, W, 3) uint8 -> (t * gh * gw, 3 * temporal * P * P) float32 in [-1, 1], (t, gh, gw).
 
     Patches of one merge x merge block stand together, since the vision tower folds each block into
@@ -105,7 +108,8 @@ def patchify(frames: np.ndarray, patch: int, merge: int, temporal: int) -> tuple
     frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
     t, gh, gw = len(frames) // temporal, frames.shape[1] // patch, frames.shape[2] // patch
     x = frames.reshape(t, temporal, gh // merge, merge, patch, gw // merge, merge, patch, 3)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)    # t, block row, block col, row, col, 3, temporal, P, P
+    # to: t, block row, block column, row, column, 3, temporal, P, P
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     # bytes are put in order first: floats are four times as much to move
     x = np.ascontiguousarray(x).reshape(t * gh * gw, -1).astype(np.float32) / 127.5 - 1.0
     return torch.from_numpy(x), (t, gh, gw)
@@ -149,7 +153,8 @@ class Processor:
         self.max_pixels = max_pixels or size.get("longest_edge") or pictures["max_pixels"]
         self.video_pixels = VIDEO_PIXELS
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
+            raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels "
+                             f"{self.max_pixels}")
         for key in ("image_mean", "image_std"):
             if any(abs(value - 0.5) > 1e-6 for value in pictures.get(key, [0.5])):
                 raise ValueError(f"{self.folder}: {key} is {pictures[key]}, Qwen3-VL uses 0.5")
@@ -307,9 +312,10 @@ class Processor:
     def batch(self, prompts: list[Prompt], side: str = "left", device=None) -> dict:
         """Pad prompts into the keyword arguments of the model: `model(**processor.batch(prompts))`.
 
-        input_ids, attention_mask, mm_token_type_ids (B, L) and position_ids (3, B, L); with pictures
-        also pixel_values (patches, features) and image_grid_thw (pictures, 3). Left padding puts the
-        last prompt token of every row in the last column, where sampling reads its first logit.
+        input_ids, attention_mask, mm_token_type_ids (B, L) and position_ids (3, B, L); with
+        pictures also pixel_values (patches, features) and image_grid_thw (pictures, 3). Left
+        padding puts the last prompt token of every row in the last column, where sampling reads
+        its first logit.
         device: where the tensors go, the CPU if left out.
         """
         if side not in ("left", "right"):
@@ -331,7 +337,8 @@ class Processor:
             out["pixel_values"] = torch.cat([p.pixels for p in prompts if p.pixels is not None])
             out["image_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.grids])
         if any(prompt.video_grids for prompt in prompts):
-            out["pixel_values_videos"] = torch.cat([p.video for p in prompts if p.video is not None])
+            videos = [p.video for p in prompts if p.video is not None]
+            out["pixel_values_videos"] = torch.cat(videos)
             out["video_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.video_grids])
         return {name: tensor.to(device) for name, tensor in out.items()}
 
@@ -398,8 +405,8 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
 
     dtype: default float32 on the CPU, bfloat16 on an accelerator. device: default cuda if there is
     one, else cpu. If the folder holds cue_recovery.safetensors the module is attached (`cue=False`
-    leaves it out, as every teacher needs). Raises for another architecture, and for a checkpoint whose
-    weights are not exactly those of the model: one missing, one too many, one of another shape.
+    leaves it out, as every teacher needs). Raises for another architecture, and for a checkpoint
+    whose weights are not exactly the model's: one missing, one too many, one of another shape.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
     folder = find_folder(path)
@@ -460,8 +467,8 @@ def _check_files(folder: Path) -> None:
         names = set(_read_json(index).get("weight_map", {}).values())
     absent = sorted(name for name in names if not (folder / name).exists())
     if absent or not names:
-        raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are missing: "
-                                f"{absent[:5]}")
+        raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are "
+                                f"missing: {absent[:5]}")
 
 
 def quiet() -> None:
@@ -476,9 +483,10 @@ def save(model, processor: Processor, folder, notes: dict | None = None,
 
     The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
     kill between the two renames leaves FOLDER.old, the one before, which load() then reads.
-    notes: written beside the weights as evaluation.json. weights: a state dict to be written instead
-    of the model's own, as of a model cut over several GPUs. Weights beyond `max_shard_size` go to
-    several files with an index, as the published 8B has them. Raises OSError when the disk is full.
+    notes: written beside the weights as evaluation.json. weights: a state dict to be written
+    instead of the model's own, as of a model cut over several GPUs. Weights beyond
+    `max_shard_size` go to several files with an index, as the published 8B has them. Raises
+    OSError when the disk is full.
     """
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
@@ -519,7 +527,8 @@ def _write(model, processor, temporary: Path, weights, max_shard_size) -> None:
             pictures.pop(old_name, None)
         (temporary / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
     if cue is not None:
-        cue.save(temporary / CUE_FILE, {k.removeprefix("cue_recovery."): v for k, v in module.items()})
+        module = {k.removeprefix("cue_recovery."): v for k, v in module.items()}
+        cue.save(temporary / CUE_FILE, module)
 
 
 def _read_json(path: Path, missing=None) -> dict:

@@ -9,20 +9,20 @@ samples of one prompt share its prefill.
       . . a b c d   ->                     x y z <stop>
       e f g h i j   ->                     u v . .          stopped=False if cut off by the limit
 
-In:  the model, the keyword arguments of its forward call (input_ids, attention_mask, pictures, ...),
-     the sampling settings, a seeded generator.
+In:  the model, the keyword arguments of its forward call (input_ids, attention_mask, pictures,
+     ...), the sampling settings, a seeded generator.
 Out: Rollout(ids, lengths, stopped, logprobs).
 `append_response` then puts prompt and response together again, for a teacher or a student to score.
 
-The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits after the penalties and
-bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting the
-cumulative distribution at one uniform number per row and step:  first token with cdf > u.
+The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits after the penalties
+and bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting
+the cumulative distribution at one uniform number per row and step:  first token with cdf > u.
 
 Use it alone: imports torch only; works with Qwen3-VL of transformers 5.4 and later.
 
 Choices a reader may wonder about:
-1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's tokens
-   do not depend on when its neighbours stop, and one seed gives the same draws on any device.
+1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
+   tokens do not depend on when its neighbours stop, and a seed gives the same draws anywhere.
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
 3) Penalties look at generated tokens only, never at the prompt (vLLM's meaning of presence penalty;
@@ -30,8 +30,8 @@ Choices a reader may wonder about:
 4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
    transformers' copies all it holds to append one; and a row that stops gives its place to the last
    running row, so that one row is copied instead of all. Measured in tests/benchmarks/README.md.
-5) Decoding runs in inference mode, which saves bookkeeping at every operation; the prefill does not,
-   so that what a hook or a sharded model keeps from it are ordinary tensors. The results are, too.
+5) Decoding runs in inference mode, which saves bookkeeping at every operation. The prefill does
+   not, so that what a hook or a sharded model keeps from it are ordinary tensors.
 6) Every step calls the whole model, not its decoder or its layers: hooks, adapters and sharding see
    each step. A decoder step written out by hand is faster at small sizes, and would skip them all.
 Left out: beam search, speculative decoding, contrastive anything.
@@ -51,8 +51,8 @@ PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid
 
 @dataclass
 class Rollout:
-    """Sampled responses of B rows, on the model's device. With K samples a prompt, B K rows, those of
-    a prompt together.
+    """Sampled responses of B rows, on the model's device. With K samples a prompt there are B K
+    rows, those of a prompt together.
 
     ids       (B, T) int64, right-padded with the pad id; T is the longest response
     lengths   (B,) int64, scored tokens a row, the stop token included
@@ -67,7 +67,7 @@ class Rollout:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, T) bool, True at response tokens. From lengths, not ids: the pad id may be a stop id."""
+        """(B, T) bool, True at response tokens. By length, since the pad id may be a stop id."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
@@ -78,12 +78,12 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
            uniforms=None) -> Rollout:
     """Sample responses to every prompt of `batch`; see the header for what and why.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted once
-    from every id already generated; repetition_penalty divides positive and multiplies negative logits
-    of them. samples_per_prompt K: row b K + k of the result is sample k of prompt b, and the prompt is
-    read once for all K. uniforms (B K, max_new_tokens) in [0, 1): the numbers to draw with, in place
-    of the generator's; a caller that cuts one batch into parts hands each part its rows, and the cut
-    changes no token. The model is put in eval mode and left as it was found.
+    temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted
+    once from every id already generated; repetition_penalty divides positive and multiplies
+    negative logits of them. samples_per_prompt K: row b K + k of the result is sample k of prompt
+    b, and the prompt is read once for all K. uniforms (B K, max_new_tokens) in [0, 1): the numbers
+    to draw with, in place of the generator's; a caller that cuts one batch into parts hands each
+    part its rows, and the cut changes no token. The model is put in eval mode, and back.
     """
     ids, mask, K = batch["input_ids"], batch["attention_mask"], samples_per_prompt
     _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K)
@@ -144,7 +144,7 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
                 # 5) one forward step on the cache
                 step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
                         "attention_mask": None if mask is None else mask[..., :L + t + 1],
-                        "position_ids": (position + t)[None, :, None].expand(3, -1, -1)}  # (3, R, 1)
+                        "position_ids": (position + t).expand(3, -1)[..., None]}       # (3, R, 1)
                 last = model(**step).logits[:, -1]
     finally:
         for module, training in modes:
@@ -178,8 +178,8 @@ def _penalise(logits, generated, presence, repetition) -> None:
 
 
 def _draw(logits, uniform, temperature, top_p, top_k):
-    """Tokens (R,) and their log-probs (R,). logits (R, V), ours to write into; uniform (R,) in [0, 1),
-    None for greedy."""
+    """Tokens (R,) and their log-probs (R,). logits (R, V), ours to write into; uniform (R,) in
+    [0, 1), None for greedy."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
@@ -200,11 +200,11 @@ def _draw(logits, uniform, temperature, top_p, top_k):
 
 
 def _invert_cdf(probs, uniform, block: int = 128):
-    """(R, 1): the first index whose cumulative probability is above `uniform`. probs (R, V) float32.
+    """(R, 1): the first index of probs (R, V) whose cumulative probability is above `uniform`.
 
-    Summed in float64: over 151,936 words, float32 would be off by more than a rare token's whole mass.
-    But as one finds a word in a dictionary, first the page and then the word: sums of 128 are exact
-    enough in float32, and only the pages' sums and one page's words are added up in float64.
+    Summed in float64: over 151,936 words, float32 would be off by more than a rare token's whole
+    mass. But as one finds a word in a dictionary, first the page and then the word: sums of 128 are
+    exact enough in float32; only the pages' sums and one page's words are added up in float64.
     """
     pages = torch.nn.functional.pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
     cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
@@ -243,7 +243,7 @@ class KVCache:
         return torch.nn.functional.pad(buffer, (0, 0, 0, self.ROOM))
 
     def update(self, keys, values, layer: int, *args, **kwargs):
-        """Append one token a row, keys and values (R, heads, 1, d); returns all (R, heads, n + 1, d)."""
+        """Append one token a row, (R, heads, 1, d) each; returns all, (R, heads, n + 1, d) each."""
         n, R, buffer = self.lengths[layer], keys.shape[0], self.buffers[layer]
         if n == buffer.shape[3]:
             buffer = self.buffers[layer] = self._grown(buffer[:, :R])
@@ -277,7 +277,7 @@ def _with_room(cache, K: int):
 
 
 def _close_gaps(done):
-    """Which row each place takes when the rows that are done (R,) leave: the last ones fill the gaps.
+    """Which row each place takes when rows that are done (R,) leave: the last ones fill the gaps.
 
     >>> _close_gaps(torch.tensor([False, True, False, False, True, False])).tolist()
     [0, 5, 2, 3]
@@ -291,9 +291,9 @@ def _close_gaps(done):
 def _decode_mask(model, mask, room: int):
     """The mask of all decoding steps, made once: step t looks at the first L + t + 1 columns of it.
 
-    mask (R, L), 1 at tokens. Already in the form that the attention adds up or selects by, (R, 1, 1,
-    L + room), it goes through the model untouched, where a plain one is prepared anew every step.
-    None when nothing is padded: then attention has its fastest kernels.
+    mask (R, L), 1 at tokens. The result (R, 1, 1, L + room) is what the attention adds up or
+    selects by, so it goes through the model untouched, where a plain one is prepared anew every
+    step. None when nothing is padded: then attention has its fastest kernels.
     """
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
@@ -315,14 +315,14 @@ def rope_positions(model, batch) -> torch.Tensor:
     """(3, B, L) M-RoPE positions: the batch's own, or the model's rule for a batch without them."""
     if "position_ids" in batch:
         return batch["position_ids"]
-    ids, rule = batch["input_ids"], model.model.get_rope_index
-    kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
+    ids, rule, config = batch["input_ids"], model.model.get_rope_index, model.config
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     return rule(input_ids=ids, mm_token_type_ids=kinds, attention_mask=batch["attention_mask"],
                 **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})[0]
 
 
 def append_response(batch: dict, ids: torch.Tensor, lengths: torch.Tensor) -> dict:
-    """Left-padded prompts (B, L) and right-padded responses (B, T) as one batch (B, L + T) to score.
+    """Left-padded prompts (B, L) and right-padded responses (B, T) as one batch (B, L + T).
 
     The response stands in the last T columns of every row, so its logits are those of columns
     L - 1 .. L + T - 2: logit t predicts token t + 1. Pictures are passed through.
