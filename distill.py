@@ -101,8 +101,8 @@ class Config:
     weight_decay: float = option(0.0, "AdamW's")
     cue_recovery: bool = option(True, "attach the sink-token module to the student")
     every: int = option(0, "a module block each so many layers; 0: 5, or a third of a shallow one")
-    sink: str = option("first", "the token that asks the picture: first of the sequence (paper), or "
-                       "last of the prompt, which has read the question", ("first", "last"))
+    sink: str = option("first", "the token that asks the picture: first of the sequence (paper), "
+                       "or last of the prompt, which has read the question", ("first", "last"))
     train: str = option("all", "which weights: all, language (no vision tower), cue (the module)",
                         ("all", "language", "cue"))
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
