@@ -253,7 +253,7 @@ def last(tiny):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_last_sink_is_the_last_token_of_each_prompt(last, ragged, side):
-    """Only that column changes on its way into the second layer, whatever the side of the padding."""
+    """Only that column changes on its way into the second layer, wherever the padding is."""
     model, processor, cue = last
     batch = processor.batch(ragged, side=side)
     columns = torch.arange(batch["input_ids"].shape[1])
@@ -339,8 +339,8 @@ def test_blocks_stand_before_a_layer_that_reads_them(tiny, every, places):
 
 
 def test_a_block_sees_what_the_next_layer_reads(loaded, tiny, batch):
-    """DeepStack adds picture features to the states *after* layer 0 has returned: a forward
-    hook on layer 0 would read them too early. A block sees what the next layer of the stock reads."""
+    """DeepStack adds picture features to the states *after* layer 0 has returned: a forward hook on
+    layer 0 would read them too early. A block sees what the next layer of the stock reads."""
     outputs, seen = [], []
     loaded_layers = loaded[0].model.language_model.layers
     hook = loaded_layers[0].register_forward_hook(lambda _, args, out: outputs.append(out.clone()))

@@ -72,7 +72,7 @@ def test_step_with_privilege_has_a_loss_and_moves_the_module(tiny, records, kind
 
 
 def test_step_accumulation_does_not_change_the_gradient(tiny, records):
-    """PITFALLS 18: divided by the whole batch's counts, so 1 x 6 and 6 x 1 rows give one gradient."""
+    """PITFALLS 18: divided by the whole batch's counts, 1 x 6 and 6 x 1 rows give one gradient."""
     whole, a = one_step(tiny, records, micro_batch_tokens=100_000)
     single, b = one_step(tiny, records, micro_batch_tokens=1)
     assert whole["loss"] == pytest.approx(single["loss"], rel=1e-4)
@@ -109,7 +109,8 @@ def two_steps(student, teacher, processor, records, config):
     weights = distill.choose_weights(student, config.train)
     optimizer = distill.Optimizer(weights, lr=config.lr, cue_lr=0.05, warmup=1, steps=4, final=1.0,
                                   clip=1.0)
-    out = [distill.training_step(student, teacher, processor, records[:6], config, step, optimizer)[0]
+    batch = records[:6]
+    out = [distill.training_step(student, teacher, processor, batch, config, step, optimizer)[0]
            for step in range(2)]
     return [{k: v for k, v in m.items() if "second" not in k} for m in out], dict(weights)
 
@@ -157,7 +158,7 @@ def test_step_samples_differ_between_steps_and_repeat_for_one(tiny, records):
 
 
 def test_sample_in_parts_changes_no_token(tiny, records):
-    """Rows draw from numbers of their own, so how a step is cut (by memory, by ranks) is not seen."""
+    """Rows draw from numbers of their own: how a step is cut (by memory, by ranks) is not seen."""
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records[:5]]
     whole = distill.sample_all(student, processor, prompts, config(temperature=1.5), seed=0)
@@ -215,7 +216,8 @@ def test_hints_are_counted_as_whole_words_in_any_case():
     assert got["length"] == pytest.approx(5 / 3) and got["cut_off"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("train, moving", [("all", "visual"), ("language", "language"), ("cue", "cue")])
+@pytest.mark.parametrize("train, moving", [
+    ("all", "visual"), ("language", "language"), ("cue", "cue")])
 def test_only_the_chosen_weights_are_trained(tiny, train, moving):
     student, _ = tiny
     cue_recovery.attach(student, every=2)
@@ -265,7 +267,8 @@ def test_wrong_input_gets_one_line(argv, message, tmp_path, monkeypatch, toy_fol
     assert message in text and "\n" not in text
 
 
-def test_a_record_without_its_privilege_is_refused_before_training(toy_folder, tmp_path, monkeypatch):
+def test_a_record_without_its_privilege_is_refused_before_training(
+        toy_folder, tmp_path, monkeypatch):
     """PITFALLS 27: a teacher that falls back to the plain prompt has KL 0 and teaches nothing."""
     monkeypatch.chdir(tmp_path)
     lines = (toy_folder / "train.jsonl").read_text().splitlines()
@@ -315,15 +318,17 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
     distill.main(command(toy_folder, "a", "--steps", "3"))
     printed, folder = capsys.readouterr().out, tmp_path / "runs" / "a"
     result = json.loads((folder / "result.json").read_text())
-    assert {"base_accuracy", "teacher_accuracy", "student_accuracy", "student_interval", "n",
-            "seconds", "student_grounded", "student_hint_count"} <= result.keys() and result["n"] == 8
+    assert {"base_accuracy", "teacher_accuracy", "student_accuracy", "student_interval",
+            "student_grounded", "student_hint_count", "n", "seconds"} <= result.keys()
+    assert result["n"] == 8
     cue = cue_recovery.read_settings(folder / "checkpoint" / qwen.CUE_FILE)
     blocks, size = len(cue["layers"]), cue["hidden"]
-    assert result["parameters_added"] == blocks * (4 * size**2 + 2 * size)    # and two RMSNorm gains
+    assert result["parameters_added"] == blocks * (4 * size**2 + 2 * size)  # and two RMSNorm gains
     metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3] and "accuracy" in metrics[1]
-    assert {"loss", "gap_front", "gap_back", "entropy", "length", "cut_off", "hint_rows", "hint_count",
-            "gradient_norm", "skipped", "sample_tokens_per_second"} <= metrics[0].keys()
+    assert {"loss", "gap_front", "gap_back", "entropy", "length", "cut_off", "hint_rows",
+            "hint_count", "gradient_norm", "skipped",
+            "sample_tokens_per_second"} <= metrics[0].keys()
     assert len(checkpoint.read_jsonl(folder / "rollouts.jsonl")) == 4
     assert "| student" in printed and "--model" in printed
     from transformers import AutoModelForImageTextToText
@@ -338,12 +343,12 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
         distill.main(command(toy_folder, "a", "--steps", "3"))
 
 
-@pytest.mark.parametrize("more", [("--teacher", "ema", "--privilege", "answer"),
-                                  ("--teacher", str(qwen.TINY), "--privilege", "rationale",
-                                   "--loss", "sampled", "--train", "language", "--offload-teacher",
-                                   "--offload-optimizer"),
-                                  ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
-                                  ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
+@pytest.mark.parametrize("more", [
+    ("--teacher", "ema", "--privilege", "answer"),
+    ("--teacher", str(qwen.TINY), "--privilege", "rationale", "--loss", "sampled",
+     "--train", "language", "--offload-teacher", "--offload-optimizer"),
+    ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
+    ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
 def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
     distill.main(command(toy_folder, "b", "--steps", "1", *more))
@@ -365,13 +370,13 @@ def test_the_warning_when_the_privilege_changes_nothing(toy_folder, tmp_path, mo
     lines = [json.loads(line) for line in (toy_folder / "train.jsonl").read_text().splitlines()]
     data = toy_folder / "useless.jsonl"
     data.write_text("".join(json.dumps({**r, "cue": "."}) + "\n" for r in lines))
-    distill.main(["--data", str(data), "--eval-data", str(data), "--name", "w", *SMALL, "--steps", "1",
-                  "--max-new-tokens", "1"])
+    distill.main(["--data", str(data), "--eval-data", str(data), "--name", "w", *SMALL,
+                  "--steps", "1", "--max-new-tokens", "1"])
     assert "WARNING: the privilege" in capsys.readouterr().out
 
 
 def test_five_non_finite_steps_end_the_run(toy_folder, tmp_path, monkeypatch):
-    """PITFALLS 29: a skipped step is counted and logged, and a run of them is not trained through."""
+    """PITFALLS 29: a skipped step is counted and logged; a run of them is not trained through."""
     monkeypatch.chdir(tmp_path)
 
     original = distill.response_states
@@ -385,7 +390,8 @@ def test_five_non_finite_steps_end_the_run(toy_folder, tmp_path, monkeypatch):
 def start(arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *arguments], cwd=cwd,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
 
 
 def wait_for_steps(folder, count, process):
@@ -415,7 +421,8 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_losses(toy_folder, tmp_pa
         assert process.returncode == 130 and f"--resume {folder}" in said
     distill.main(["--resume", str(folder)])
     assert losses(folder) == losses(tmp_path / "runs" / "whole")
-    a, b = (qwen.load(tmp_path / "runs" / n / "checkpoint")[0].state_dict() for n in ("whole", "cut"))
+    a, b = (qwen.load(tmp_path / "runs" / n / "checkpoint")[0].state_dict()
+            for n in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -436,7 +443,8 @@ def test_swapped_pictures_change_both_models(tiny, records):
     same_size = [r for r in records[1:] if r["images"][0].size == a["images"][0].size]
     b["images"] = same_size[0]["images"]
     for model in (student, teacher):
-        one, two = (model.requires_grad_(False)(**processor.batch([processor.prompt(r)])).logits[0, -1] for r in (a, b))
+        model.requires_grad_(False)
+        one, two = (model(**processor.batch([processor.prompt(r)])).logits[0, -1] for r in (a, b))
         assert float((one - two).abs().max()) > 1e-3
 
 

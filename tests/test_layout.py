@@ -1,8 +1,8 @@
 """The published Qwen3-VL checkpoints: every name and shape, sharded folders, and what is refused.
 
-No file of the hub is read. The shapes are those of the published config.json files (plan.PUBLISHED);
-the totals were compared with counts that others took from the published tensors: 2.128 B with 407.0 M
-of vision (2B), 8.767 B with 576.4 M (8B).
+No file of the hub is read. The shapes are those of the published config.json files
+(plan.PUBLISHED); the totals were compared with counts that others took from the published tensors:
+2.128 B with 407.0 M of vision (2B), 8.767 B with 576.4 M (8B).
 """
 import json
 import shutil
@@ -84,7 +84,8 @@ def test_published_layout_is_that_of_the_class(name, total, vision):
     assert (rope["mrope_section"], rope["rope_theta"]) == ([24, 20, 20], 5e6)
 
 
-@pytest.mark.parametrize("name, blocks, paper", [(INSTRUCT[0], 6, 100.7e6), (INSTRUCT[1], 8, 536.9e6)])
+@pytest.mark.parametrize("name, blocks, paper", [
+    (INSTRUCT[0], 6, 100.7e6), (INSTRUCT[1], 8, 536.9e6)])
 def test_module_has_the_size_of_the_papers(name, blocks, paper, monkeypatch):
     """4 H^2 a block. At 8B the paper counts a block behind the last layer, which no token can read:
     67 M, left out here. The gains of our norms, 2 H a block, are counted apart."""
@@ -97,7 +98,8 @@ def test_module_has_the_size_of_the_papers(name, blocks, paper, monkeypatch):
     behind_the_last = (depth - 1) % 5 == 0
     assert len(cue.blocks) + behind_the_last == blocks
     matrices = sum(p.numel() for p in cue.parameters() if p.dim() == 2)
-    assert matrices + behind_the_last * 4 * H**2 == blocks * 4 * H**2 == pytest.approx(paper, rel=1e-3)
+    block = 4 * H**2
+    assert matrices + behind_the_last * block == blocks * block == pytest.approx(paper, rel=1e-3)
     assert sum(p.numel() for p in cue.parameters()) == matrices + len(cue.blocks) * 2 * H
 
 

@@ -303,9 +303,9 @@ def test_second_derivatives_are_refused():
 
 
 def test_a_retained_graph_never_gives_a_gradient_scaled_twice():
-    """The head's gradient is scaled in place, to save a copy as large as the head. With the announced
-    weights nothing is scaled, and a second backward is right; with a multiple of them torch refuses
-    it."""
+    """The head's gradient is scaled in place, to save a copy as large as the head. With the
+    announced weights nothing is scaled, and a second backward is right; with a multiple of them
+    torch refuses it."""
     hidden, teacher_hidden, head, teacher_head, _ = make(5)
     nats = distill_loss(hidden, teacher_hidden, head, teacher_head)
     twice = [torch.autograd.grad(nats.sum(), head, retain_graph=True)[0].clone() for _ in range(2)]
@@ -327,7 +327,7 @@ def test_weights_that_need_no_scaling_give_exactly_the_sum():
 
 def test_only_gradients_that_are_asked_for_are_made():
     """Products with a head in one chunk: two for logits, one for each gradient. Under no_grad the
-    parameters have requires_grad still, and an evaluation paid for the gradients of a training step."""
+    parameters still have requires_grad, and an evaluation paid for a training step's gradients."""
     hidden, teacher_hidden, head, teacher_head, _ = make(5)
 
     def products(hidden, head):

@@ -28,8 +28,9 @@ REAL = qwen.TINY.parents[2] / "shared" / "qwen3-tokenizer"
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TAIL = ["<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
 TEXTS = ["How many red shapes are there?", "", " leading and trailing  ", "\n\nblank lines\n",
-         "tabs\tand\r\nreturns", "日本語、émigré, 🙂🏽, e\u0301", "Find $x$: \\frac{1}{2}x^2 = 8.",
-         "<b>not | a < control > token</b>", "12345678901234567890"]
+         "tabs\tand\r\nreturns", "日本語、émigré, 🙂🏽, e\u0301",
+         "Find $x$: \\frac{1}{2}x^2 = 8.", "<b>not | a < control > token</b>",
+         "12345678901234567890"]
 
 
 @pytest.fixture(scope="session")
@@ -622,7 +623,7 @@ def film(count, size=(48, 32), **more):
 
 
 def test_video_is_a_row_of_stamped_moments(loaded):
-    """Two frames a moment; its time is the mean of theirs; an odd last frame is paired with itself."""
+    """Two frames a moment, at the mean of their times; an odd last frame is paired with itself."""
     _, processor = loaded
     prompt = processor.prompt(film(5, fps=2.0))
     text = processor.tokenizer.decode(prompt.ids, skip_special_tokens=False)
@@ -635,7 +636,7 @@ def test_video_is_a_row_of_stamped_moments(loaded):
 def test_video_positions_equal_the_class_own(loaded, records):
     model, processor = loaded
     prompts = [processor.prompt(film(4, fps=1.0)), processor.prompt(records[0]),
-               processor.prompt({**film(3, seconds=[0.0, 1.5, 4.0]), "images": records[1]["images"]})]
+               processor.prompt(film(3, seconds=[0.0, 1.5, 4.0], images=records[1]["images"]))]
     batch = processor.batch(prompts)
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     positions, _ = model.model.get_rope_index(**{name: batch[name] for name in names})

@@ -118,8 +118,8 @@ def test_rows_that_leave_change_no_token(wild, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "plain mask"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, padded, monkeypatch):
-    """Buffers that must grow every two tokens, also after a row has left, and each form of the mask:
-    additive, boolean, left out because nothing is padded, and prepared anew by the model."""
+    """Buffers that must grow every two tokens, also after a row has left, and each form of the
+    mask: additive, boolean, left out because nothing is padded, and prepared anew by the model."""
     model = copy.deepcopy(wild)
     if attention == "plain mask":
         monkeypatch.setattr(rollout, "_decode_mask", lambda model, mask, room:
@@ -557,7 +557,7 @@ def test_drawings_in_the_docstrings():
 
 
 def test_the_benchmark_still_measures(loaded):
-    """benchmarks/rollout.py by its smallest case: all ways must stop at the steps it meant them to."""
+    """benchmarks/rollout.py by its smallest case: all ways must stop where it meant them to."""
     path = ROOT / "tests" / "benchmarks" / "rollout.py"
     spec = importlib.util.spec_from_file_location("rollout_benchmark", path)
     bench = importlib.util.module_from_spec(spec)

@@ -108,7 +108,7 @@ def test_at_most_a_tenth_of_what_is_scored_is_padding(loaded, seed):
 
 
 def test_a_row_is_as_wide_as_itself(loaded):
-    """A long prompt with a short answer, a short prompt with a long answer: 110 columns, not 200."""
+    """A long prompt with a short answer, a short one with a long answer: 110 columns, not 200."""
     _, processor = loaded
     prompts = [qwen.Prompt([5] * 100), qwen.Prompt([5] * 10)]
     lengths = torch.tensor([10, 100])

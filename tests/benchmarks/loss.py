@@ -1,4 +1,4 @@
-"""loss.py - time and memory of the exact KL over the whole vocabulary, against other ways to get it.
+"""loss.py - the exact KL over the whole vocabulary: time and memory against other ways to get it.
 
 The idea.  All sides take the same hidden states and the same head, and return the same nats and
 gradients (compared before anything is timed):
@@ -10,16 +10,16 @@ gradients (compared before anything is timed):
 
     python tests/benchmarks/loss.py [--quick] [--threads 1] [--cpu-seconds] [--tokens 256 1024]
 
-trl and liger are left out, with a line saying so, where they cannot be imported. To have them beside:
+trl and liger are left out, with a line saying so, where they cannot be imported. To have them:
     python -m venv --system-site-packages /tmp/trl
     /tmp/trl/bin/pip install --no-deps trl liger-kernel accelerate datasets psutil
     /tmp/trl/bin/pip install pandas pyarrow multiprocess dill xxhash httpx
     /tmp/trl/bin/python tests/benchmarks/loss.py
 
-Memory is the peak above what the inputs take, of one call: on a CPU in a fresh process a case, as the
-kernel counts it (VmHWM); on a GPU as torch's allocator counts it. With a trainable head its gradient
-(V x D in float32) is a floor for everybody and given beside. Malloc is left as it is, for times too:
-what fresh pages cost is part of what large tensors cost (--malloc keep leaves it out).
+Memory is the peak above what the inputs take, of one call: on a CPU in a fresh process a case, as
+the kernel counts it (VmHWM); on a GPU as torch's allocator counts it. With a trainable head its
+gradient (V x D in float32) is a floor for everybody and given beside. Malloc is left as it is, for
+times too: what fresh pages cost is part of what large tensors cost (--malloc keep leaves it out).
 
 Out: a table, Markdown rows for README.md beside this file, and one line of JSON with the ratios.
 """
@@ -53,18 +53,19 @@ def whole(hidden, teacher_hidden, head, weights):
 
 def ours(hidden, teacher_hidden, head, weights, chunk=None):
     size = {} if chunk is None else {"chunk": chunk}
-    return (distill_loss(hidden, teacher_hidden, head, head, weights=weights, **size) * weights).sum()
+    nats = distill_loss(hidden, teacher_hidden, head, head, weights=weights, **size)
+    return (nats * weights).sum()
 
 
 def trl(hidden, teacher_hidden, head, weights):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    nats, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, head.detach(), None,
-                                              0.0)
+    nats, _ = ChunkedDivergenceFunction.apply(
+        hidden, head, None, teacher_hidden, head.detach(), None, 0.0)
     return (nats * weights).sum()
 
 
 def liger(hidden, teacher_hidden, head, weights):
-    """A mean over tokens, so the weights must be 1 / T; compiled only where that is its default use."""
+    """A mean over tokens: the weights must be 1 / T. Compiled only where that is its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, chunk_size=128,
                                    compiled=DEVICE.type == "cuda")
@@ -88,7 +89,7 @@ def available() -> list[str]:
 
 
 def make(T, hidden_size, dtype, train_head):
-    """Hidden states of T tokens, of a student and of a teacher a little off, and one head for both."""
+    """Hidden states of T tokens, of a student and of a teacher a little off; one head for both."""
     g = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape):
@@ -134,7 +135,8 @@ def peak_extra(side, inputs) -> int:
 
 
 def _status(field) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(x for x in lines if x.startswith(field))
     return 1024 * int(line.split()[1])
 
 
@@ -143,19 +145,21 @@ def memory_of(name, T, hidden_size, dtype, train_head, chunk=None) -> int:
     if DEVICE.type == "cuda":
         return peak_extra(SIDES[name], make(T, hidden_size, dtype, train_head))
     case = json.dumps([name, T, hidden_size, str(dtype).removeprefix("torch."), train_head, chunk])
-    done = subprocess.run([sys.executable, __file__, "--one-case", case], capture_output=True, text=True)
+    command = [sys.executable, __file__, "--one-case", case]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"memory of {case}: {done.stderr[-800:]}")
     return int(done.stdout.split()[-1])
 
 
 def one_case(case) -> None:
-    """What a fresh process does: a small call first, so that code and libraries are there already."""
+    """What a fresh process does: a small call first, so that code and libraries are there."""
     name, T, hidden_size, dtype, train_head, chunk = json.loads(case)
     side = SIDES[name] if chunk is None else lambda *x: ours(*x, chunk=chunk)
     inputs = make(T, hidden_size, getattr(torch, dtype), train_head)
-    small = [inputs[0].detach()[:2].requires_grad_(), inputs[1][:2], inputs[2].detach()[:64].clone(),
-             inputs[3][:2]]
+    hidden, teacher_hidden, head, weights = inputs
+    small = [hidden.detach()[:2].requires_grad_(), teacher_hidden[:2],
+             head.detach()[:64].clone(), weights[:2]]
     once(side, small)
     print(peak_extra(side, inputs))
 
@@ -209,8 +213,9 @@ def main():
                 rows.append(pairs.markdown(kind, f"{T:,}", n, f"{times[n]:.2f}", f"{share[0]:.2f}",
                                            f"{peaks[n]:.0f}", f"{peaks[n] - base:.0f}",
                                            f"1/{1 / share[2]:.1f}"))
-                ratios[f"{kind}_T{T}_{n}"] = {"time": round(share[0], 3), "memory": round(share[1], 4),
-                                              "memory_above_head_gradient": round(share[2], 4)}
+                ratios[f"{kind}_T{T}_{n}"] = {
+                    "time": round(share[0], 3), "memory": round(share[1], 4),
+                    "memory_above_head_gradient": round(share[2], 4)}
     print("\n" + "\n".join(rows))
     print(json.dumps({"benchmark": "loss", **how, "ratios_to_whole": ratios}))
 

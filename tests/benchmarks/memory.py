@@ -1,9 +1,9 @@
-"""memory.py - the memory plan against measured peaks: real training steps of random models on a CPU.
+"""memory.py - the memory plan against measured peaks: training steps of random models on a CPU.
 
 Each case runs in a process of its own: imports and one step of the tiny checkpoint first, then the
 kernel's high-water mark of resident memory is set back and a step of the case is taken (with the
-optimizer's moments there already). The mark less what was resident before, beside plan.plan() of the
-same settings, by phase and in all. The goal: within 15 %.
+optimizer's moments there already). The mark less what was resident before, beside plan.plan() of
+the same settings, by phase and in all. The goal: within 15 %.
 
 Run:  OMP_NUM_THREADS=1 python tests/benchmarks/memory.py            about 10 minutes, up to 9 GB
       OMP_NUM_THREADS=1 python tests/benchmarks/memory.py --quick    two small cases
@@ -98,7 +98,8 @@ def records(count: int, side: int) -> list[dict]:
 
 def available() -> int:
     """Bytes that this machine can still give."""
-    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x[:12] == "MemAvailable")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    line = next(x for x in lines if x.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
@@ -153,7 +154,8 @@ def run_case(name: str) -> dict:
         started = time.time()
         metrics, found = measure(distill, config, made, data[:config.batch_size], peaks)
     expected = expected_peaks(planned)
-    return {"case": name, "parameters": planned.parameters["student"] + planned.parameters["module"],
+    weights = planned.parameters
+    return {"case": name, "parameters": weights["student"] + weights["module"],
             "measured": max(found.values()), "planned": max(expected.values()),
             "error": max(expected.values()) / max(found.values()) - 1, "length": metrics["length"],
             "seconds": round(time.time() - started, 1),
@@ -170,7 +172,8 @@ def warm_up(distill, dtype: str) -> None:
     """A step of the tiny checkpoint, for what is imported and allocated once."""
     import model as qwen
     qwen.quiet()
-    warm = distill.Config(batch_size=2, max_new_tokens=4, device="cpu", privilege="answer", dtype=dtype)
+    warm = distill.Config(batch_size=2, max_new_tokens=4, privilege="answer", device="cpu",
+                          dtype=dtype)
     step(distill, warm, distill.build_models(warm), records(2, 32))
 
 
@@ -225,10 +228,11 @@ def main() -> None:
             print(f"{name:30} skipped: {row['skipped']}", flush=True)
             continue
         out.append(row)
-        print(f"{name:30} {row['parameters'] / 1e6:6.0f} M  measured {row['measured'] / 1e9:6.3f} GB  "
-              f"planned {row['planned'] / 1e9:6.3f}  {100 * row['error']:+5.1f} %   " + ", ".join(
-                  f"{k} {a / 1e9:.3f}/{b / 1e9:.3f}" for k, (a, b) in row["phases"].items())
-              + f"   {row['seconds']} s", flush=True)
+        phases = ", ".join(f"{k} {a / 1e9:.3f}/{b / 1e9:.3f}"
+                           for k, (a, b) in row["phases"].items())
+        print(f"{name:30} {row['parameters'] / 1e6:6.0f} M  "
+              f"measured {row['measured'] / 1e9:6.3f} GB  planned {row['planned'] / 1e9:6.3f}  "
+              f"{100 * row['error']:+5.1f} %   {phases}   {row['seconds']} s", flush=True)
     print("\n| run | parameters | measured GB | planned GB | error |\n|---|---|---|---|---|")
     for row in out:
         print(f"| {row['case']} | {row['parameters'] / 1e6:.0f} M | {row['measured'] / 1e9:.2f} | "

@@ -1,9 +1,9 @@
 """module.py - how fast is the recovery module's absorbed form, and what does it add to a prefill?
 
 The idea.  With one query, W_K and W_V need not be applied to every visual token (cue_recovery.py,
-departure 2). A is the textbook form: normalise the visual tokens, project all of them to K and U, and
-let torch's own attention kernel read them. B is cue_recovery.Block. Same weights, same input; first
-their values and every gradient must agree, then they are timed in turn.
+departure 2). A is the textbook form: normalise the visual tokens, project all of them to K and U,
+and let torch's own attention kernel read them. B is cue_recovery.Block. Same weights, same input;
+first their values and every gradient must agree, then they are timed in turn.
 
     python tests/benchmarks/module.py [--quick] [--threads 1] [--cpu-seconds]
 
@@ -80,7 +80,7 @@ def gradients(side, block, inputs, upstream):
 
 
 def check(block, inputs):
-    """Largest relative difference of value and gradients; raises if the two are not one function."""
+    """Largest relative error of value and gradients; raises if the two are not one function."""
     x, sink = inputs[:2]
     rows = torch.arange(len(x), device=x.device), sink
     # only the sink's output is the block's: elsewhere upstream would hide what the block adds
@@ -174,8 +174,8 @@ def main():
     if args.quick:
         cases = cases[:2]
     print(f"{how}; median of {count} pairs, ms\n")
-    print("type      B     N |  forward: textbook absorbed  ratio | with backward:  A       B  ratio"
-          " | error")
+    print("type      B     N |  forward: textbook absorbed  ratio "
+          "| with backward:  A       B  ratio | error")
     rows, ratios = [], {}
     for kind in args.dtypes:
         for B, N in cases:
@@ -185,7 +185,8 @@ def main():
                 ratio = found["textbook"] / found["absorbed"]
                 ratios[f"{name}_{kind}_B{B}_N{N}"] = round(ratio, 2)
                 numbers += [1e3 * found["textbook"], 1e3 * found["absorbed"], ratio]
-            print("{:8s} {:2d} {:5d} | {:17.2f} {:8.2f} {:5.1f}x | {:14.2f} {:7.2f} {:5.1f}x | {:.0e}"
+            print("{:8s} {:2d} {:5d} | {:17.2f} {:8.2f} {:5.1f}x "
+                  "| {:14.2f} {:7.2f} {:5.1f}x | {:.0e}"
                   .format(kind, B, N, *numbers, error), flush=True)
             rows.append(pairs.markdown(kind, B, f"{N:,}", *(f"{x:.1f}" for x in numbers)))
     shares = {form: {N: extra(N, form=form) for N in (256, 1782, 4096)}
@@ -195,9 +196,10 @@ def main():
     for form, share in shares.items():
         print(f"  {form}: " + ", ".join(f"{N:,} tokens {100 * s:.3f} %" for N, s in share.items()))
     print("\n" + "\n".join(rows))
+    percent = {form: {str(N): round(100 * s, 4) for N, s in share.items()}
+               for form, share in shares.items()}
     print(json.dumps({"benchmark": "module", **how, "pairs": count, "ratios": ratios,
-                      "extra_flops_percent": {form: {str(N): round(100 * s, 4) for N, s in d.items()}
-                                              for form, d in shares.items()}}))
+                      "extra_flops_percent": percent}))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """pairs.py - what the benchmarks share: alternating measurements in one process, and a table.
 
-The idea.  A machine drifts (other people, clocks, caches), so a time alone says little. Two sides are
-measured in turn, A B A B ..., in one process on the same tensors; each gets the median of its times,
-and the ratio of the medians is the result.
+The idea.  A machine drifts (other people, clocks, caches), so a time alone says little. Two sides
+are measured in turn, A B A B ..., in one process on the same tensors; each gets the median of its
+times, and the ratio of the medians is the result.
 
-On a GPU the times are those of CUDA events; on a CPU they are wall seconds, or with --cpu-seconds the
-seconds this process was given, which other people's work on the machine stretches far less.
+On a GPU the times are those of CUDA events; on a CPU they are wall seconds, or with --cpu-seconds
+the seconds this process was given, which other people's work on the machine stretches far less.
 
 Torch's CPU allocator gives large tensors back to the system at once, and on a virtual machine the
-page faults of the next one can cost more than the arithmetic (here 29 ms instead of 1.7 to copy 33 MB):
-keep_pages() asks glibc to keep them, for all sides alike.
+page faults of the next one can cost more than the arithmetic (here 29 ms instead of 1.7 to copy
+33 MB): keep_pages() asks glibc to keep them, for all sides alike.
 """
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def add_arguments(parser, malloc="keep") -> None:
     """The options that every benchmark has. malloc: the default of --malloc."""
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and pairs: below a minute")
+    parser.add_argument("--quick", action="store_true",
+                        help="fewer sizes and pairs: below a minute")
     parser.add_argument("--pairs", type=int, default=0, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own)")
     parser.add_argument("--cpu-seconds", action="store_true",
-                        help="count seconds of this process instead of the wall's (with one thread)")
+                        help="count this process's seconds instead of the wall's (with one thread)")
     parser.add_argument("--malloc", choices=("keep", "system"), default=malloc,
                         help=f"keep freed pages, or leave malloc as it is (default: {malloc})")
 

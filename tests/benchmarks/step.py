@@ -4,20 +4,20 @@
     python tests/benchmarks/step.py --quick    under one minute; noisy
     OMP_NUM_THREADS=1 is set unless you set it; the numbers of README.md were made so.
 
-Four questions, on the CPU, on copies that do not learn (a rate of 1e-12): every round does the same.
+Four questions, on the CPU, on copies that do not learn (a rate of 1e-12), so all rounds are alike.
 1) Phases. Where do the seconds of one step of the tiny default go?
 2) Plain. Our step against the same step as one would write it first: the class's generate(), one
    padded batch, whole logits, pictures decoded and read by the tower for every pass.
 3) TRL. Our step against trl's DistillationTrainer, which takes pictures: same checkpoint, records,
    batch, limit, forward KL, float32, no privilege and no module (it has neither). Needs trl (see
    README.md); without it this part says so and is left out. Its loop is not timed, only its step.
-   The tiny model's answers are all short (20 to 60 tokens). A real model's are not, so 2) and 3) are
-   run again with random weights, which say anything, and eight stop ids: geometric lengths.
+   The tiny model's answers are all short (20 to 60 tokens). A real model's are not, so 2) and 3)
+   are run again with random weights, which say anything, and eight stop ids: geometric lengths.
 4) Frozen. --freeze-vision with and without reading each picture once, on a random model whose tower
    and language model stand to each other as in the 2B: 24 blocks and 28 layers, an eighth as wide.
 
-Contenders take turns in one process. Seconds are CPU seconds of this process, since others may share
-the machine; medians over the rounds. The last line is one JSON object.
+Contenders take turns in one process. Seconds are CPU seconds of this process, since others may
+share the machine; medians over the rounds. The last line is one JSON object.
 """
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def trl_trainer(folder, defaults: bool, max_new_tokens: int, size: int):
 def ragged_checkpoint() -> Path:
     """The tiny checkpoint with random weights and eight stop ids: answers of geometric length.
 
-    Each token stops with a chance of about 8 in 470: 32 rows have a mean near 59, and the longest is
-    near 240. Nothing can be learnt from it but the time.
+    Each token stops with a chance of about 8 in 470: 32 rows have a mean near 59, and the longest
+    is near 240. Nothing can be learnt from it but the time.
     """
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
     folder = Path(tempfile.mkdtemp())
@@ -189,8 +189,8 @@ def ragged_checkpoint() -> Path:
 def race(contenders: dict, batches: list) -> dict:
     """Every contender makes every step, in turns; the first batch only warms up.
 
-    Returns {name: {"seconds", "wall", "length"}}: medians of CPU and wall seconds, mean tokens a row
-    (each contender draws its own answers, so look at these before believing a ratio).
+    Returns {name: {"seconds", "wall", "length"}}: medians of CPU and wall seconds, mean tokens a
+    row (each contender draws its own answers, so look at these before believing a ratio).
     """
     taken = {name: [] for name in contenders}
     for number, batch in enumerate(batches):
@@ -215,8 +215,8 @@ class Phases:
         self.time(distill, "read_prompts", "pictures and prompts", inside=("vision, read once",))
         self.time(processor, "batch", "padding into batches")
         self.time(vision, "read_once", "vision, read once")
-        self.time(distill, "sample_all", "sampling: drawing and cache",
-                  inside=("padding into batches", "prefill: vision", "prefill: text", "decode: text"))
+        self.time(distill, "sample_all", "sampling: drawing and cache", inside=(
+            "padding into batches", "prefill: vision", "prefill: text", "decode: text"))
         self.time(distill, "distill_loss", "loss and entropy")
         self.time(optimizer, "step", "clip and AdamW")
         self.time(torch.Tensor, "backward", "")
@@ -279,7 +279,8 @@ def phases(batches, config) -> dict[str, float]:
     optimizer = optimizer_of(student, config.train)
 
     def step(number):
-        distill.training_step(student, teacher, processor, batches[number], config, number, optimizer)
+        distill.training_step(student, teacher, processor, batches[number], config, number,
+                              optimizer)
     step(0)
     watch = Phases(student, teacher, processor, optimizer)
 
@@ -416,12 +417,14 @@ def main() -> None:
     compete("ragged answers", fewer, wild, {"plain": plain(*models(wild), wild)})
 
     alike = dict(privilege="none", cue_recovery=False, attention="sdpa")
-    config, wild = our_setting(**alike), our_setting(student=str(ragged), max_new_tokens=384, **alike)
+    config = our_setting(**alike)
+    wild = our_setting(student=str(ragged), max_new_tokens=384, **alike)
     try:
         import trl
-        trl_short = {f"trl {trl.__version__}{how}": trl_trainer(qwen.TINY, how != "", 96, args.batch)
+        release = f"trl {trl.__version__}"
+        trl_short = {release + how: trl_trainer(qwen.TINY, how != "", 96, args.batch)
                      for how in ("", " with its defaults")}
-        trl_ragged = {f"trl {trl.__version__}": trl_trainer(ragged, False, 384, args.batch)}
+        trl_ragged = {release: trl_trainer(ragged, False, 384, args.batch)}
     except ImportError as error:
         print(f"\nno comparison with trl: {error}")
     else:

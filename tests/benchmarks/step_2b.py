@@ -1,14 +1,14 @@
 """step_2b.py - one whole training step of the 2B shape on a CPU: time of each phase, peak memory.
 
 Random weights in bf16, made in bf16 (no float32 copy, no file), through distill.build_models and
-distill.training_step: --train cue, whose teacher is the student's own frozen backbone. One picture of
-512 x 512 pixels a prompt, 256 visual tokens, and a few sampled tokens. The tokenizer is the tiny
+distill.training_step: --train cue, whose teacher is the student's own frozen backbone. One picture
+of 512 x 512 pixels a prompt, 256 visual tokens, and a few sampled tokens. The tokenizer is the tiny
 checkpoint's, the vocabulary the 2B's 151,936 rows.
 
 Run:  OMP_NUM_THREADS=1 python tests/benchmarks/step_2b.py              7 GB by the plan
       OMP_NUM_THREADS=1 python tests/benchmarks/step_2b.py --small      at an eighth of the width
-It shows that the real shape goes through, with which memory; times on a CPU say nothing of a GPU, and
-random weights nothing of learning. Its last line is one JSON object.
+It shows that the real shape goes through, with which memory; times on a CPU say nothing of a GPU,
+and random weights nothing of learning. Its last line is one JSON object.
 """
 import argparse
 import json
@@ -30,8 +30,9 @@ def shape(small: bool) -> dict:
     tiny = json.loads((qwen.TINY / "config.json").read_text())
     config |= {k: tiny[k] for k in ("image_token_id", "video_token_id")}
     if small:
-        config["text_config"] |= {"hidden_size": 256, "intermediate_size": 768, "vocab_size": 18992,
-                                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        config["text_config"] |= {
+            "hidden_size": 256, "intermediate_size": 768, "vocab_size": 18992,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
         config["text_config"]["rope_scaling"] = {
             "mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
         config["vision_config"] |= {"hidden_size": 128, "intermediate_size": 512, "num_heads": 4,
@@ -47,9 +48,10 @@ def run(args) -> dict:
     warm_up(distill, "bfloat16")
     peaks, started = Peaks(), time.time()
     settings = distill.Config(
-        train=args.train, batch_size=args.batch, sample_batch=args.batch, max_new_tokens=args.tokens,
-        max_prompt_tokens=300, micro_batch_tokens=300 + args.tokens, privilege="answer", device="cpu",
-        dtype="bfloat16", gradient_checkpointing=args.checkpointing)
+        train=args.train, batch_size=args.batch, sample_batch=args.batch,
+        max_new_tokens=args.tokens, max_prompt_tokens=300, micro_batch_tokens=300 + args.tokens,
+        privilege="answer", device="cpu", dtype="bfloat16",
+        gradient_checkpointing=args.checkpointing)
     planned = plan.plan(plan.from_settings(settings), config, most=512 * 512)
     if planned.peak > 0.9 * available():
         raise SystemExit(f"needs {planned.peak / 1e9:.1f} GB by the plan, this machine has "
