@@ -35,6 +35,7 @@ import torch
 # Dimension letters: N scored tokens, n tokens of one chunk, D hidden size, V vocabulary.
 
 ROWS = 16        # tokens between the matrix products: four (16, V) float32 tensors are 39 MB
+WORDS = 2048     # of the head's gradient in bf16: one (2048, 2048) tensor is 8 MB
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
@@ -94,6 +95,21 @@ def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> t
     return nats
 
 
+def _add_product(total, slope, hidden) -> None:
+    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D), without a second (V, D) tensor.
+
+    In bf16 the product is taken in bf16, three times as fast as in float32 even on a CPU, and added up
+    in float32. Few words at a time, since torch has no product of two types to add in place.
+    """
+    hidden = hidden.to(slope.dtype)
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, hidden)
+        return
+    for word in range(0, len(total), WORDS):
+        few = slice(word, word + WORDS)
+        total[few] += slope[:, few].T @ hidden
+
+
 class _ChunkedDivergence(torch.autograd.Function):
     """distill_loss, with the gradients made in the forward pass, while a chunk's logits exist."""
 
@@ -122,9 +138,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[part] = student @ student_head
             if need_head:
-                # in place: a V x D temporary per chunk would be the largest tensor of the step
-                slope = student.to(exact).mul_(weights[part, None])
-                grad_head.addmm_(slope.T, student_hidden[part].to(exact))
+                _add_product(grad_head, student, student_hidden[part] * weights[part, None])
         ctx.save_for_backward(grad_hidden, grad_head, weights)
         return nats
 
