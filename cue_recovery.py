@@ -59,15 +59,28 @@ class RMSGain(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
-def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+# What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
+# the same formula as autograd's, because that would go over v several times in float32 for the norm,
+# and read it transposed for the products, which takes bf16 on a CPU ten times as long or more
+# (tests/benchmarks/README.md, "Module").
+
+class _InverseRMS(torch.autograd.Function):
     """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
 
+    @staticmethod
+    def forward(ctx, x, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1,
+                                        dtype=torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, r)
+        return r
 
-# The two products with the visual states v, each with a backward pass that reads v as it lies in
-# memory. Autograd's own would read it transposed, which in bf16 on a CPU takes ten times as long or
-# more; the formulas are otherwise the same (tests/benchmarks/README.md, "Module").
+    @staticmethod
+    def backward(ctx, upstream):
+        x, r = ctx.saved_tensors
+        slope = -upstream * r**3 / x.shape[-1]                       # dr/dx = -r^3 x / D
+        return x * slope[..., None].to(x.dtype), None
+
 
 class _Scores(torch.autograd.Function):
     """v q^T: v (B, N, D), q (B, H, D) -> (B, N, H)."""
@@ -95,6 +108,9 @@ class _Mean(torch.autograd.Function):
     def backward(ctx, upstream):
         a, v = ctx.saved_tensors
         return v @ upstream.mT, a @ upstream
+
+
+inverse_rms, scores_of, mean_of = _InverseRMS.apply, _Scores.apply, _Mean.apply
 
 
 class Block(nn.Module):
@@ -125,12 +141,12 @@ class Block(nn.Module):
         # the query moves through W_K, instead of every token of the picture
         q = torch.einsum("bhd,hdD->bhD", q.view(B, H, d), self.key.weight.view(H, d, D))
         q = q * self.visual_norm.weight                                            # (B, H, D)
-        scores = _Scores.apply(v, q).to(r.dtype) * r / math.sqrt(d)                # (B, N, H)
+        scores = scores_of(v, q).to(r.dtype) * r / math.sqrt(d)                    # (B, N, H)
         # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
         scores = scores.masked_fill(~visual[..., None], torch.finfo(scores.dtype).min)
         attention = scores.softmax(dim=1) * visual.any(dim=1)[:, None, None]
         # the mean moves through W_V, instead of every token of the picture
-        mean = _Mean.apply((attention * r).to(x.dtype), v)                         # (B, H, D)
+        mean = mean_of((attention * r).to(x.dtype), v)                             # (B, H, D)
         mean = mean * self.visual_norm.weight
         z = torch.einsum("bhD,hdD->bhd", mean, self.value.weight.view(H, d, D)).reshape(B, D)
         return x.index_put((rows, sink), h + self.output(z)), attention.transpose(1, 2)
