@@ -41,6 +41,7 @@ import metrics
 import report
 import teacher as teaching
 from data import records as record_files, toy
+from figures import percent
 from grade import Grade, grade
 from model import load, quiet
 from rollout import sample
@@ -214,10 +215,6 @@ def summarise(rows: list[dict]) -> dict:
 
 
 # ---------------------------------------------------------------------------- for people
-
-def percent(share: float, bounds=None) -> str:
-    return f"{100 * share:.1f}" + (f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else "")
-
 
 def line(summary: dict) -> str:
     """One line for a log."""

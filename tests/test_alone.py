@@ -9,7 +9,7 @@ from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
           "checkpoint.py", "plan.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
-          "report.py", "compare.py", "sharding.py", "vision.py", "data/records.py", "data/toy.py"]
+          "figures.py", "compare.py", "sharding.py", "vision.py", "data/records.py", "data/toy.py"]
 
 
 def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,11 +14,13 @@ import checkpoint
 import cue_recovery
 import distill
 import evaluate
+import figures
 import model as qwen
 import report
 import teacher as teaching
 from data import records as record_files
 from rollout import append_response
+from test_figures import Outline
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
 
@@ -70,33 +71,6 @@ def asked(finished):
     return run
 
 
-class Outline(HTMLParser):
-    """Tags of a page; complains about tags that are not closed in order."""
-    VOID = {"meta", "img", "br", "line", "circle", "polyline"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append((self.open[-1] if self.open else "", data))
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
 def test_doctests():
     assert doctest.testmod(report).failed == 0
 
@@ -141,7 +115,7 @@ def test_logprobs_are_those_of_a_fresh_forward(asked, loaded):
         with torch.no_grad():
             logprobs = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
         assert shown == pytest.approx(logprobs[range(14), ids].tolist(), abs=1e-4)
-    spans = Outline(report.token_spans(example.after))
+    spans = Outline(figures.token_spans(example.after.tokens))
     titles = [attrs["title"] for attrs in spans.all("span")]
     assert titles[3] == (f"teacher {example.after.teacher[3]:.2f}, student {example.after.student[3]:.2f}, "
                          f"difference {example.after.teacher[3] - example.after.student[3]:+.2f}")
@@ -164,25 +138,6 @@ def test_scoring_knows_where_the_prompt_ends_for_a_sink_that_is_last(tiny, recor
         logits = student(**processor.batch([prompt]), use_cache=True).logits[0, -1]
     first = processor.encode(got.text)[0]
     assert got.student[0] == pytest.approx(float(logits.log_softmax(-1)[first]), abs=1e-4)
-
-
-@pytest.mark.parametrize("gap, expected", [(0.0, "z"), (0.05, "z"), (-0.05, "z"), (0.2, "p1"),
-                                           (-0.2, "n1"), (1.0, "p2"), (-3.0, "n3"), (9.0, "p4"),
-                                           (-9.0, "n4")])
-def test_colour_has_the_sign_of_teacher_minus_student(gap, expected):
-    answer = report.Answer(["x"], student=[-10.0], teacher=[-10.0 + gap])
-    span, = Outline(report.token_spans(answer)).all("span")
-    assert span["class"] == f"t {expected}" and f"difference {gap:+.2f}" in span["title"]
-
-
-def test_the_sign_is_not_told_by_colour_alone():
-    """Solid underline above zero, dotted below, on light and on dark pages; orange, and blue."""
-    style = report.token_style()
-    for name, line in (("p", "solid"), ("n", "dotted")):
-        rules = re.findall(rf"\.{name}\d{{background:rgb\((\d+), \d+, (\d+)\);border-bottom:2px (\w+)}}",
-                           style)
-        assert len(rules) == 8 and {found for *_, found in rules} == {line}
-        assert all((int(blue) > int(red)) == (name == "p") for red, blue, _ in rules)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -209,8 +164,8 @@ def test_attention_stands_on_its_cell(tiny, cell, monkeypatch):
         assert first.shape == (3, 4) and second.shape == (3, 3) and not first.any()
         assert int(second.argmax()) == cell and float(second.sum()) == 1
         row, column = divmod(cell, 3)
-        assert report.peak(second) == f"most at row {row + 1}, column {column + 1}: 100 %"
-        image, size = report.overlay(tiles[1], second, 1.0), tiles[1].width // 3
+        assert figures.peak(second) == f"most at row {row + 1}, column {column + 1}: 100 %"
+        image, size = figures.overlay(tiles[1], second, 1.0), tiles[1].width // 3
         for n in range(9):       # a corner of each cell: beside the number, inside the frame
             pixel = image.getpixel((n % 3 * size + size - 8, n // 3 * size + 8))
             assert (max(pixel) < 240) == (n == cell), (n, pixel)
@@ -232,11 +187,6 @@ def test_maps_before_training_are_those_of_the_run_s_own_start(asked, loaded):
     assert float(shown.sum()) == pytest.approx(1, abs=1e-5)
     assert torch.allclose(shown.flatten(), maps[7], atol=1e-5)
     assert not torch.allclose(shown.flatten(), maps[8], atol=1e-3)
-
-
-def test_spread_counts_tokens():
-    assert report.spread([torch.full((3, 4), 1 / 12)]) == pytest.approx(12)
-    assert report.spread([torch.tensor([[0.0, 1.0]])]) == pytest.approx(1)
 
 
 def test_a_prompt_that_was_cut_is_refused():
@@ -292,13 +242,9 @@ def test_hint_counts_by_epoch(asked):
 
 
 def test_curves_keep_the_ends_and_leave_out_what_is_not_a_number(asked):
-    svg = report.chart("k", "Loss", [("loss", report.points(
-        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": None},
-         {"step": 4, "loss": 1.0}], "loss"), "a")])
-    assert "nan" not in svg and "loss from 2 at step 1 to 1 at step 4" in svg
-    assert "no values" in report.chart("k", "Loss", [("loss", [], "a")])
-    flat = report.chart("k", "Length", [("length", [(1, 0.0), (2, 0.0)], "a")])
-    assert flat.count("<polyline") == 2
+    values = {1: 2.0, 2: float("nan"), 3: None, 4: 1.0}
+    assert report.points([{"step": n, "loss": value} for n, value in values.items()],
+                         "loss") == [(1, 2.0), (4, 1.0)]
     accuracy = report.curves_section(asked)        # base at 0, then 4, 8, and the student's at 12
     assert re.findall(r'<th scope="row">(\d+)</th><td>([\d.]+)</td>', accuracy) == [
         ("0", "50.0"), ("4", "20.0"), ("8", "40.0"), ("12", "50.0")]
