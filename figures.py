@@ -274,7 +274,7 @@ def draw_tokens(pen, tokens: list[tuple], x: int, y: int, width: int, font) -> i
 def draw_token(pen, text: str, gap: float, x: float, y: int, font) -> float:
     """One token, coloured and underlined (solid above zero, dotted below); returns the next x."""
     end, n = x + pen.textlength(text, font), strength(gap)
-    if n:
+    if n and text:                # a stop token has no text, so there is nothing to colour
         pen.rectangle((x, y, end - 1, y + 27), fill=(MORE if n > 0 else LESS)[abs(n) - 1])
         for left in range(int(x), int(end), 3 if n > 0 else 7):
             pen.rectangle((left, y + 29, min(left + 2, int(end) - 1), y + 31), fill=INK[0])

@@ -338,9 +338,11 @@ def result_section(run: Run) -> str:
              "teacher": f"teacher, {run.args.get('privilege', '?')} as hint",
              "student": "student, no hint"}
     rows = {name: result_row(s) for name, s in models.items()}
-    cards = "".join(f'<div class="card"><p>{escape(names[name])}</p>'
-                    f'<p class="big">{percent(models[name]["accuracy"])} %</p>'
-                    f'<p>{row["accuracy %"][5:]}</p></div>' for name, row in rows.items())
+    cards = ""
+    for name, row in rows.items():
+        accuracy, _, bounds = row["accuracy %"].partition(" ")
+        cards += (f'<div class="card"><p>{escape(names[name])}</p><p class="big">{accuracy} %</p>'
+                  f"<p>{bounds}</p></div>")
     gain = ""
     if {"base", "student"} <= set(models):
         points_won = 100 * (models["student"]["accuracy"] - models["base"]["accuracy"])

@@ -115,3 +115,9 @@ def test_the_pictures_have_a_row_for_each_answer_there_is():
     assert picture.width == 900 and {figures.MORE[3], figures.LESS[3]} <= colours
     left = picture.crop((0, 40, 440, picture.height - 60))          # the missing answer's column
     assert left.getcolors() == [(left.width * left.height, (255, 255, 255))]
+
+
+def test_a_token_without_text_is_drawn_as_nothing():
+    """The stop token, and a space that a line break ate, have no width: --pictures died of them."""
+    tokens = [("a", -1.0, -1.0), ("", -9.0, -1.0)]
+    assert figures.rollouts_picture([("Which?", {"before: right": tokens})], 900).width == 900

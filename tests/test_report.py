@@ -232,6 +232,14 @@ def test_text_from_data_stays_text(asked):
     assert sum(EVIL in data for _, data in page.text) >= 8
 
 
+@pytest.mark.parametrize("accuracy, shown", [(0.5, "50.0"), (0.083, "8.3"), (1.0, "100.0")])
+def test_a_card_has_the_whole_interval(asked, accuracy, shown):
+    """The first five letters were cut off, which is right for two digits before the point only."""
+    run = copy.copy(asked)
+    run.before, run.result = {"base": {"accuracy": accuracy, "interval": [0.012, 1.0]}}, {}
+    assert f'<p class="big">{shown} %</p><p>[1.2, 100.0]</p>' in report.result_section(run)
+
+
 def test_hint_counts_by_epoch(asked):
     """20 records at 5 a step: steps 1-4, 5-8, 9-12, each with 1 row and 3 occurrences a step."""
     text = report.hints_section(asked)
