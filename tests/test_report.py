@@ -49,7 +49,8 @@ def finished(loaded, tmp_path_factory):
     rows = [evaluate.judge({"id": str(n), "question": EVIL, "answer": "1", "images": []},
                            f"\\boxed{{{n % 2}}}", True, 9) for n in range(20)]
     summary = evaluate.summarise(rows)
-    checkpoint.write_json(folder / "before.json", {"base": summary, "teacher": summary, "rows": rows})
+    checkpoint.write_json(folder / "before.json",
+                          {"base": summary, "teacher": summary, "rows": rows})
     checkpoint.write_json(folder / "result.json", {
         **{f"{who}_{key}": value for who in ("base", "teacher", "student")
            for key, value in summary.items() if key != "n"}, "n": 20, "seconds": 3.0,
@@ -92,8 +93,8 @@ def test_pieces_join_to_the_answer_even_where_a_character_is_cut(loaded):
 def test_answers_are_those_of_the_start_and_of_the_checkpoint(asked, loaded):
     """One row at a time here, batched in evaluate.py: the same answers."""
     records = record_files.load(asked.args["eval_data"])[:3]
-    for model, which in ((loaded[0], "before"), (qwen.load(asked.folder / "checkpoint", device="cpu")[0],
-                                                 "after")):
+    student, _ = qwen.load(asked.folder / "checkpoint", device="cpu")
+    for model, which in ((loaded[0], "before"), (student, "after")):
         rows = evaluate.evaluate(model, loaded[1], records, max_new_tokens=14)
         got = [getattr(example, which) for example in asked.examples]
         assert [a.text for a in got] == [row["response"] for row in rows]
@@ -113,12 +114,13 @@ def test_logprobs_are_those_of_a_fresh_forward(asked, loaded):
         prompt = processor.prompt(example.record, hint)
         both = append_response(processor.batch([prompt]), ids[None], torch.tensor([14]))
         with torch.no_grad():
-            logprobs = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
+            logits = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1]
+        logprobs = logits.log_softmax(-1)
         assert shown == pytest.approx(logprobs[range(14), ids].tolist(), abs=1e-4)
     spans = Outline(figures.token_spans(example.after.tokens))
     titles = [attrs["title"] for attrs in spans.all("span")]
-    assert titles[3] == (f"teacher {example.after.teacher[3]:.2f}, student {example.after.student[3]:.2f}, "
-                         f"difference {example.after.teacher[3] - example.after.student[3]:+.2f}")
+    _, s, t = example.after.tokens[3]
+    assert titles[3] == f"teacher {t:.2f}, student {s:.2f}, difference {t - s:+.2f}"
     assert "".join(text for _, text in spans.text) == example.after.text
 
 
@@ -144,7 +146,7 @@ def test_scoring_knows_where_the_prompt_ends_for_a_sink_that_is_last(tiny, recor
 
 @pytest.mark.parametrize("cell", [0, 5, 8])
 def test_attention_stands_on_its_cell(tiny, cell, monkeypatch):
-    """All attention on one visual token of the second picture: that cell and no other is painted."""
+    """All attention on one visual token of the second picture: that cell alone is painted."""
     student, processor = tiny
     teacher = teaching.frozen_copy(student)
     cue_recovery.attach(student, every=2)
@@ -200,7 +202,8 @@ def test_the_page_stands_alone_and_is_accessible(asked):
     text = report.page(asked)
     page = Outline(text)
     assert len(text) < 5e6 and not re.search(r"https?://", text)
-    links = [attrs[key] for _, attrs in page.tags for key in ("src", "href", "xlink:href") if key in attrs]
+    links = [attrs[key] for _, attrs in page.tags
+             for key in ("src", "href", "xlink:href") if key in attrs]
     assert links and all(link.startswith(("data:image/", "#")) for link in links)
     assert not page.all("link") and len(page.all("script")) == 1
     assert text.count("<table") == text.count("<caption>") >= 5
@@ -218,7 +221,7 @@ def test_the_page_stands_alone_and_is_accessible(asked):
 
 
 def test_text_from_data_stays_text(asked):
-    """A question, a hint, a name or an answer may hold markup; the page must show it, not run it."""
+    """A question, a hint, a name or an answer may hold markup: the page shows it, never runs it."""
     run = copy.copy(asked)
     example = copy.copy(asked.examples[0])
     example.record = example.record | {"question": EVIL, "id": EVIL, "answer": EVIL}
@@ -262,8 +265,8 @@ def test_the_command_gives_the_run_s_settings_again(monkeypatch):
     from data import toy
     monkeypatch.setattr(toy, "default", lambda: distill.HERE / "data" / "toy")
     for words in (["--steps", "7", "--no-cue-recovery", "--name", "a b"],
-                  ["--student", "some/model", "--data", "my/train.jsonl", "--gradient-checkpointing",
-                   "--name", "b", "--eval-data", "t.jsonl"]):
+                  ["--student", "some/model", "--data", "my/train.jsonl", "--eval-data", "t.jsonl",
+                   "--gradient-checkpointing", "--name", "b"]):
         config, _ = distill.read_config(words)
         command, helps = report.command_line(asdict(config))
         assert command.startswith("python distill.py ")
@@ -293,7 +296,8 @@ def test_a_killed_run_is_a_page_that_says_so(finished, tmp_path):
 
 
 def test_a_folder_with_settings_only_is_a_page(tmp_path):
-    checkpoint.write_json(tmp_path / "args.json", {"student": "/gone/model", "eval_data": "no.jsonl"})
+    checkpoint.write_json(tmp_path / "args.json",
+                          {"student": "/gone/model", "eval_data": "no.jsonl"})
     run = report.read_run(tmp_path)
     report.ask_models(run, 2)
     text = report.page(run)
