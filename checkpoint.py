@@ -9,10 +9,10 @@
     runs/NAME/best/              and the one that answered best; evaluation.json in it says how well
     runs/NAME/state/             state.safetensors: all that is needed to go on, in one file
 
-The idea.  Every file is written under a temporary name and renamed when whole, so it is either the old
-one or the new one. All that must agree (weights, optimizer moments, averaged teacher, step) is in *one*
-file: a kill between two renames cannot leave a pair that does not match. Random numbers need no saving:
-each step seeds its own generator from (seed, step), and so does the order of the data.
+The idea.  Every file is written under a temporary name and renamed when whole, so it is either the
+old one or the new one. All that must agree (weights, optimizer moments, averaged teacher, step) is
+in *one* file: a kill between two renames cannot leave a pair that does not match. Random numbers
+need no saving: those of a step come from (seed, step), the order of an epoch from (seed, epoch).
 
 Order.  A line of metrics.jsonl is written before the state of its step, and a resumed run forgets
 the lines beyond its state: a kill at any moment costs the steps since the last state, no more.
@@ -95,7 +95,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_run(folder: Path) -> dict:
-    """What a run's folder holds: {"args", "before", "result", "metrics"}, empty where it is not there yet.
+    """What a run's folder holds: {"args", "before", "result", "metrics"}, empty if not there yet.
 
     Raises FileNotFoundError for a folder that is no run's, ValueError naming a damaged file.
     """

@@ -122,7 +122,8 @@ def load_run(folder, defaults: dict | None = None) -> Run:
     run = Run(Path(folder), **read_run(folder))
     run.args = {**(defaults or {}), **run.args}
     if run.result and "student_accuracy" not in run.result:
-        raise ValueError(f"{run.folder / 'result.json'}: no student_accuracy: is it a run's result?")
+        raise ValueError(f"{run.folder / 'result.json'}: no student_accuracy: "
+                         "is it a run's result?")
     return run
 
 

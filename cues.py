@@ -35,14 +35,14 @@ import torch
 PROMPT_VERSION = {"cue": "cue-1", "rationale": "rationale-1"}
 PROMPT = {"cue": """Below is a question about the picture. Do not answer it. Instead, write one to \
 three plain sentences that tell what is visible in the picture and matters for the question: the \
-objects and where they are, labels and numbers as they are printed, lengths, angles and tick marks, \
-which label belongs to which part, the series and readings of a chart, the cells of a table.
-Write only what can be seen. Leave out the answer, the letter of an option, totals, comparisons and \
-conclusions, the names of theorems, rules or laws, formulas, and every step of a calculation. Do not \
-repeat the question. End with a full stop.
+objects and where they are, labels and numbers as they are printed, lengths, angles and tick \
+marks, which label belongs to which part, the series and readings of a chart, the cells of a table.
+Write only what can be seen. Leave out the answer, the letter of an option, totals, comparisons \
+and conclusions, the names of theorems, rules or laws, formulas, and every step of a calculation. \
+Do not repeat the question. End with a full stop.
 
-Question: """, "rationale": """Answer the question about the picture below. Name what is visible and \
-matters, reason in a few short steps, and end with the final answer as \\boxed{answer}.
+Question: """, "rationale": """Answer the question about the picture below. Name what is visible \
+and matters, reason in a few short steps, and end with the final answer as \\boxed{answer}.
 
 Question: """}
 
@@ -110,7 +110,8 @@ def write_cues(args) -> None:
         before = {key: row[f"{args.kind}_meta"].get(key) for key in meta} if (
             f"{args.kind}_meta" in row) else None
         if before != meta:
-            raise ValueError(f"{out} was written with {before}, not with {meta}; give another --out")
+            raise ValueError(f"{out} was written with {before}, not with {meta}; "
+                             "give another --out")
     done = {row["id"] for rows in kept.values() for row in rows}
     starts = [s for s in range(0, len(records), args.batch_size)
               if not done.issuperset(r["id"] for r in records[s:s + args.batch_size])]

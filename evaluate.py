@@ -1,7 +1,8 @@
 """evaluate.py - how often a model answers right: sample, grade, count.
 
-The idea.  A loss that falls is not evidence; accuracy on held-out questions, beside the base model's,
-is. Every question stays in the denominator: an answer that cannot be read is wrong, never guessed.
+The idea.  A loss that falls is not evidence; accuracy on held-out questions, beside the base
+model's, is. Every question stays in the denominator: an answer that cannot be read is wrong, never
+guessed.
 
 In:  a checkpoint folder, a record file.  Out: one line a question as JSONL, a summary, a table.
 
@@ -10,12 +11,12 @@ The one equation (95 % interval of k right out of n, Wilson's, z = 1.96):
 
 Run
     python evaluate.py --model M --benchmark mathvista --source DIR --preset paper --out results/M
-    python evaluate.py --model runs/NAME/checkpoint                      on the toy world's test records
+    python evaluate.py --model runs/NAME/checkpoint                      the toy world's test file
     python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
     python evaluate.py --model M --ask "How many dots?" --image a.png    one question, to look at
-    python evaluate.py report runs/NAME --out report.html                a run as one page (report.py)
-    python evaluate.py compare runs/A runs/B --out grid                  runs as one table (compare.py)
+    python evaluate.py report runs/NAME --out report.html                a run as a page: report.py
+    python evaluate.py compare runs/A runs/B --out grid                  runs as a table: compare.py
 
 Grading lives in grade.py. On records that list their "objects" (the toy world) an answer is also
 *grounded* if it is right, states evidence, and every object it states is really in the picture.
@@ -41,6 +42,7 @@ import metrics
 import report
 import teacher as teaching
 from data import records as record_files, toy
+from figures import percent
 from grade import Grade, grade
 from model import load, quiet
 from rollout import sample
@@ -70,8 +72,8 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
            done=()):
     """Yield the graded rows of one batch after the other. Greedy unless a temperature is given.
 
-    hint(record): the privileged line, or None. done: ids that need no answer any more; a batch whose
-    records are all among them is left out, and the others are drawn as if it had not been.
+    hint(record): the privileged line, or None. done: ids that need no answer any more; a batch
+    with no other record is left out, and the others are drawn as if it had not been.
     A row: id, question, gold, response, correct, extracted, rule, reason, stopped, length (tokens),
     grounded where the record lists its objects, group and meta where a benchmark has them.
     """
@@ -136,9 +138,9 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
     else:
         settings = {"model": str(args.model), **decoding}
         if saved and header["settings"] != settings:
-            raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; give "
-                             "another --out")
-        if len(rows) < len(items):       # what a kill left of a batch is drawn again, with all of it
+            raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; "
+                             "give another --out")
+        if len(rows) < len(items):       # what a kill left of a batch is drawn again, all of it
             rows = rows[:len(rows) // args.batch_size * args.batch_size]
         checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
         batches = answer(model, processor, items, done={row["id"] for row in rows},
@@ -158,7 +160,8 @@ def first_gold(item: dict) -> str:
 
 def benchmark_table(results: dict[str, dict]) -> str:
     """A row a benchmark, in Markdown: our headline number beside the paper's base models."""
-    lines = ["| benchmark | score % [95 %] | what | n | no answer % | cut off % | paper's base 2B, 8B |",
+    lines = ["| benchmark | score % [95 %] | what | n | no answer % | cut off % | "
+             "paper's base 2B, 8B |",
              "|---|---|---|---|---|---|---|"]
     for name, got in results.items():
         score = got[got["headline"]]
@@ -215,10 +218,6 @@ def summarise(rows: list[dict]) -> dict:
 
 # ---------------------------------------------------------------------------- for people
 
-def percent(share: float, bounds=None) -> str:
-    return f"{100 * share:.1f}" + (f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else "")
-
-
 def line(summary: dict) -> str:
     """One line for a log."""
     text = f"accuracy {percent(summary['accuracy'], summary['interval'])} %"
@@ -232,16 +231,18 @@ def table(summaries: dict[str, dict]) -> str:
     columns = [("accuracy % [95 %]", lambda s: percent(s["accuracy"], s["interval"])),
                ("grounded % [95 %]", lambda s: percent(s["grounded"], s["grounded_interval"])
                 if "grounded" in s else None),
-               ("hint rows", lambda s: str(s["hint_rows"])), ("unparsed %", lambda s: percent(s["unparsed"])),
-               ("cut off %", lambda s: percent(s["cut_off"])), ("length", lambda s: f"{s['length']:.1f}"),
+               ("hint rows", lambda s: str(s["hint_rows"])),
+               ("unparsed %", lambda s: percent(s["unparsed"])),
+               ("cut off %", lambda s: percent(s["cut_off"])),
+               ("length", lambda s: f"{s['length']:.1f}"),
                ("n", lambda s: str(s["n"]))]
     columns = [(name, show) for name, show in columns if all(show(s) for s in summaries.values())]
-    return compare.grid([["", *(name for name, _ in columns)],
-                         *([name, *(show(s) for _, show in columns)] for name, s in summaries.items())])
+    rows = [[name, *(show(s) for _, show in columns)] for name, s in summaries.items()]
+    return compare.grid([["", *(name for name, _ in columns)], *rows])
 
 
 def before_after(before: list[dict], after: list[dict]) -> str:
-    """The first question that the base got wrong, and both answers to it, whatever the second is."""
+    """The first question that the base got wrong, and both answers, whatever the second is."""
     for old, new in zip(before, after):
         if not old["correct"]:
             return (f"the first test question that the base got wrong ({old['id']}):\n"
@@ -259,8 +260,9 @@ def main(argv=None) -> None:
                                      "each has its own --help.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--data", default="", help="records, JSONL (default: the test records of the "
-                        "run that the checkpoint belongs to, else the toy world's)")
+    parser.add_argument("--data", default="",
+                        help="records, JSONL (default: the test records of the run that the "
+                        "checkpoint belongs to, else the toy world's)")
     parser.add_argument("--limit", type=int, default=-1,
                         help="first so many records, 0 for all, -1 for the run's own or all")
     parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
@@ -324,7 +326,7 @@ def look(command: str, *argv: str) -> None:
 
 
 def load_asked(args, own: dict):
-    """The model of the command line. own: what its run was evaluated with, where nothing is typed."""
+    """The model of the command line. own: its run's settings, where nothing is typed."""
     return load(args.model, args.dtype or None, args.device or None,
                 min_pixels=args.min_pixels or own["min_pixels"] or None,
                 max_pixels=args.max_pixels or own["max_pixels"] or None)
@@ -372,7 +374,8 @@ def main_records(args) -> None:
 
 def main_benchmark(args) -> None:
     if not args.source:
-        raise ValueError("--benchmark needs --source, the file or folder with the benchmark's files")
+        raise ValueError("--benchmark needs --source, "
+                         "the file or folder with the benchmark's files")
     own = run_settings(Path(args.model))
     for key in ("max_new_tokens", "min_pixels", "max_pixels"):
         setattr(args, key, getattr(args, key) or own[key])
@@ -395,7 +398,7 @@ def main_benchmark(args) -> None:
 
 
 def run_settings(model: Path) -> dict:
-    """What a run evaluated its checkpoint with, so that the same number comes out; else defaults."""
+    """What a run evaluated its checkpoint with, so that its number comes out; else defaults."""
     for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
         if (run / "args.json").exists():
             return json.loads((run / "args.json").read_text(encoding="utf-8"))

@@ -166,7 +166,8 @@ def _pick(answer, labels, cue=True):
     """
     text, flags = normalise(answer[:MAX_CHARS]), re.S | re.I if cue else re.S
     if cue:
-        text = re.sub(r"^(?:the )?(?:correct )?(?:option|choice|letter)[\s:]+", "", text, flags=re.I)
+        named = r"^(?:the )?(?:correct )?(?:option|choice|letter)[\s:]+"
+        text = re.sub(named, "", text, flags=re.I)
     names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     spelled = {label.casefold(): label for label in labels}
     lone = [re.fullmatch(rf"[(\[]?\s*({names})\s*[)\]]?\.?", part, flags)
@@ -186,7 +187,8 @@ def _pick(answer, labels, cue=True):
     # With only a blank between, "B because" is fine, but A, I and small letters may be words.
     wordlike = name in ("A", "I") or name not in labels
     follows = r" (?:because|since|as|is|which)\b" if wordlike else r" [\w(]"
-    clear = own or bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest) or cue and re.match(follows, rest)
+    clear = (own or bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest)
+             or cue and re.match(follows, rest))
     return label if clear else None
 
 

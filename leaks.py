@@ -200,7 +200,8 @@ _LANGUAGE = {
         \d+ times (?:\w+er|more)\b
         (?:is|are|was|be) (?:exactly )?(?:half|twice|double|triple|\d+ times)\b""")}
 _REFUSAL = _any(r"""
-    i'?m sorry | i (?:can(?:no|')t|am unable|do not|don't) (?:see|view|read|tell|answer) | as an ai""")
+    i'?m sorry | as an ai
+    i (?:can(?:no|')t|am unable|do not|don't) (?:see|view|read|tell|answer)""")
 _SENTENCE_END = re.compile(r"[.!?。…][\"'”’)\]}$*`]*$")
 _CLAUSE = re.compile(r"(?<=[.!?])(?<!i\.e\.)\s+|;|(?<=\w): |"
                      r", (?=(?:so|and|but|hence|which|while)\b)")
@@ -255,13 +256,14 @@ def _golds(answer: str, options, question: str) -> tuple[str, list[str]]:
     else:
         letter = next((str(k) for k, text in table.items() if _equal(str(text), answer)), "")
         texts = [answer.strip()]
-    # "there are 5" gives away "5 apples", and "half an ampere" 0.5 A: the grader would want the noun
+    # "there are 5" gives away "5 apples", and "half an ampere" 0.5 A: the grader wants the noun
     texts += re.findall(r"^[-$]?\d[\d,./]*(?= [A-Za-zΩ/^\d]+$)", texts[0])
     return letter, [text for text in texts if text]
 
 
-_FILLERS = re.compile(r"^[\s:,]*(?:(?:about|exactly|only|just|roughly|clearly|simply|then|the|an?|"
-                      r"equal to|(?:length|measure|value|area|size|height|width|total)(?: of)?)\s+)*")
+_FILLERS = re.compile(
+    r"^[\s:,]*(?:(?:about|exactly|only|just|roughly|clearly|simply|then|the|an?|"
+    r"equal to|(?:length|measure|value|area|size|height|width|total)(?: of)?)\s+)*")
 
 
 def _begins(rest: str, gold: str) -> bool:

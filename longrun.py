@@ -1,9 +1,9 @@
 """longrun.py - a run that may be stopped, killed or out of time or disk, and goes on.
 
-The idea.  Days of training end in many ways, and in each the next `--resume` must find a state that is
-whole and go on as if nothing had been. What is written, and how a file is never half, is checkpoint.py's;
-this file says *when*: which limit ends a run, what a signal does, what a failed write costs, and how
-the state of a killed run is taken up.
+The idea.  Days of training end in many ways, and in each the next `--resume` must find a state that
+is whole and go on as if nothing had been. What is written, and how a file is never half, is
+checkpoint.py's; this file says *when*: which limit ends a run, what a signal does, what a failed
+write costs, and how the state of a killed run is taken up.
 
     a step is done -> a line of metrics.jsonl -> (every --save-every) state/ -> the next step
          kill in between: the line is forgotten by the resumed run, which makes the step again
@@ -79,7 +79,7 @@ def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> N
 
 
 def student_saver(student, processor):
-    """save(folder, notes=None) writes the student; the weights are gathered here, by all processes."""
+    """save(folder, notes=None) writes the student; all processes gather its weights here."""
     return partial(qwen.save, student, processor, weights=sharding.weights(student))
 
 

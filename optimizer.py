@@ -1,9 +1,9 @@
 """optimizer.py - AdamW for a student in bf16 or fp32, with its own rate for the recovery module.
 
-The idea.  A learning rate of 1e-6 changes a weight by far less than bf16 can resolve (about 0.4 % of
-its value), so updates applied to bf16 weights are rounded away and nothing is learnt. Therefore every
-trained weight that is not float32 has a float32 master: gradients go to the master, AdamW steps there,
-and the rounded result is copied back.
+The idea.  A learning rate of 1e-6 changes a weight by far less than bf16 can resolve (about 0.4 %
+of its value), so updates applied to bf16 weights are rounded away and nothing is learnt. Therefore
+every trained weight that is not float32 has a float32 master: gradients go to the master, AdamW
+steps there, and the rounded result is copied back.
 
 In:  named parameters, rates.  Out: an object with step() and what a resumed run needs (tensors()).
 
@@ -55,7 +55,7 @@ class Optimizer:
         return parameter.detach().to(device or parameter.device, exact)
 
     def step(self, step: int) -> float:
-        """Clip, set the rate of step `step` (from 0), update, clear. Returns the gradient norm before.
+        """Clip, set the rate of step `step` (from 0), update, clear. Returns the unclipped norm.
 
         A norm that is not finite changes nothing; the caller counts these and gives up after a few.
         """

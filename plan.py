@@ -9,7 +9,8 @@ the settings of the run. It has phases, and the largest decides:
     learn     weights + teacher + optimizer + gradients + what backward needs of every layer + loss
     update    weights + teacher + masters, moments and gradients, all in float32
 
-In:  the settings, config.json of student and teacher.  Out: a table, and the flags that make it fit.
+In:  the settings, config.json of student and teacher.
+Out: a table, and the flags that make it fit.
 
 The one equation.  Bytes that one decoder layer keeps for backward, a token (b bytes a number; w = b
 if the layer is trained, else 0, since a frozen matrix needs no input to make a gradient):
@@ -23,8 +24,8 @@ huggingface_hub for config.json).
 What it assumes (limits, not averages)
 1) Prompts and answers are as long as the settings allow, and pictures fill the prompts.
 2) A micro-batch is full: of rows with short answers for the pictures, of long ones for the rest.
-3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two are
-   assumptions; the rest was compared with measured peaks on a CPU (tests/benchmarks/memory.py).
+3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two
+   are assumptions; the rest was compared with measured peaks on a CPU (tests/benchmarks/memory.py).
 4) Several GPUs (sharding.py): weights, gradients, optimizer and teacher are cut in N; each GPU also
    holds what is gathered to compute, and the whole model while it samples or is evaluated.
 5) A GB is 10^9 bytes; a "24 GB" card has a little more.
@@ -39,12 +40,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # Dimension letters: D hidden, F feed-forward, A all query heads together, K all key heads together,
-# V vocabulary, n tokens of a micro-batch, R rows sampled at a time, L tokens of a row (P prompt + T).
+# V vocabulary, n tokens of a micro-batch, R rows sampled at once, L tokens of a row (P prompt + T).
 
 GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
 SLACK = 0.05                 # of the peak, for gaps
-CHUNK, ROWS = 256, 16        # tokens whose logits, and whose float32 copies, exist at one time: loss.py's
+CHUNK, ROWS = 256, 16        # tokens with logits, and with float32 copies, at one time: loss.py's
 ROOM = 128                   # tokens by which the cache grows: rollout.KVCache's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -92,8 +93,9 @@ def read_config(name: str) -> tuple[dict, int, str]:
             from huggingface_hub import hf_hub_download
             folder = Path(hf_hub_download(name, "config.json")).parent
         except Exception as error:   # offline, no such name, not installed: many kinds
-            raise ValueError(f"{name} is neither a folder nor one of {', '.join(PUBLISHED)}, and its "
-                             f"config.json cannot be fetched ({type(error).__name__})") from None
+            raise ValueError(
+                f"{name} is neither a folder nor one of {', '.join(PUBLISHED)}, and its "
+                f"config.json cannot be fetched ({type(error).__name__})") from None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / "preprocessor_config.json").exists():
@@ -119,7 +121,8 @@ def dimensions(config: dict) -> SimpleNamespace:
         positions=vision["num_position_embeddings"], out=vision["out_hidden_size"],
         mergers=1 + len(vision["deepstack_visual_indexes"]), merge=vision["spatial_merge_size"],
         side=vision["patch_size"] * vision["spatial_merge_size"],     # pixels, of a visual token
-        pixels=vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"]**2)
+        pixels=(vision.get("in_channels", 3) * vision["temporal_patch_size"]
+                * vision["patch_size"]**2))
 
 
 def count(m) -> SimpleNamespace:
@@ -127,7 +130,7 @@ def count(m) -> SimpleNamespace:
     layer = 2 * m.A * m.D + 2 * m.K * m.D + 3 * m.D * m.F + 2 * m.d + 2 * m.D
     embedding, head = m.V * m.D, 0 if m.tied else m.V * m.D
     block = 4 * m.vD**2 + 2 * m.vD * m.vF + m.vF + 9 * m.vD
-    wide = m.merge**2 * m.vD                          # the patches of one visual token, side by side
+    wide = m.merge**2 * m.vD                          # one visual token's patches, side by side
     vision = (m.vD * (m.pixels + 1) + m.positions * m.vD + m.depth * block
               + m.mergers * (wide**2 + wide + m.out * wide + m.out + 2 * wide) - 2 * (wide - m.vD))
     language = m.layers * layer + m.D + embedding + head
@@ -136,8 +139,10 @@ def count(m) -> SimpleNamespace:
 
 
 def module_size(m, every: int) -> tuple[int, int]:
-    """(blocks, numbers) of the recovery module: four matrices and two gains before every l-th layer.
-    every 0 is distill.py's default."""
+    """(blocks, numbers) of the recovery module; every 0 is distill.py's default.
+
+    Four matrices and two gains before every l-th layer.
+    """
     every = every or min(5, max(1, m.layers // 3))
     blocks = len(range(0, m.layers - 1, every))
     return blocks, blocks * (4 * m.D**2 + 2 * m.D)
@@ -157,7 +162,7 @@ def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
 
 
 def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
-    """Bytes a token while one decoder layer runs without gradients; padded: with a mask (prompts)."""
+    """Bytes a token while one decoder layer runs without gradients; padded: with a mask."""
     scores = {"eager": m.heads * row * (8 + b), "sdpa": padded * row * (1 + b)}.get(attention, 0)
     return max(2 * m.D * b + 3 * m.F * b, m.D * (b + 12),
                b * (m.D + 5 * m.A + 2 * m.K) + 8 * m.A) + scores
@@ -169,8 +174,10 @@ def layer_returns(m, b: int) -> float:
 
 
 def block_keeps(m, b: int, picture: int, attention: str) -> float:
-    """Bytes a patch that one trained vision block keeps; picture: patches that attend to each other."""
-    scores = m.vheads * picture * (4 + (b if b < 4 else 0)) if attention == "eager" else 4 * m.vheads
+    """Bytes a patch that one trained vision block keeps; picture: patches that see each other."""
+    scores = m.vheads * 4
+    if attention == "eager":
+        scores = m.vheads * picture * (4 + (b if b < 4 else 0))
     return b * (11 * m.vD + 2 * m.vF) + scores
 
 
@@ -186,11 +193,11 @@ def block_returns(m, b: int) -> float:
 
 
 def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> tuple[float, float]:
-    """Bytes that the student's forward pass keeps, and the most of them and of the gradients between
-    layers while backward goes through.
+    """Bytes that the student's forward pass keeps, and the most while backward goes through.
 
-    n tokens, in rows of `row`; `pictures` of `picture` patches each. What is handed to the model for
-    them (pixels or features) is not among these bytes.
+    The second counts what is still kept and the gradients between layers. n tokens, in rows of
+    `row`; `pictures` of `picture` patches each. What is handed to the model for them (pixels or
+    features) is not among these bytes.
     """
     w, patches = (0 if run.train == "cue" else b), pictures * picture
     layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
@@ -270,11 +277,11 @@ class Plan:
 
 
 def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
-    """The memory of a run. student, teacher: config.json (None: the student's own); most: pixels."""
+    """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
     m, t, N, b = dimensions(student), dimensions(teacher or student), run.gpus, DTYPES[run.dtype]
     c, u = count(m), count(t)
     patches, pixels, features = run.picture(m, most)
-    handed = features if run.reads_once() else pixels         # to the model, for a prompt's pictures
+    handed = features if run.reads_once() else pixels     # to the model, for a prompt's pictures
     prompts = -(-run.batch_size // N)                 # of one GPU, as all that follows
 
     # 1) what is held: weights in b bytes; masters, moments and the update's gradients in float32
@@ -284,9 +291,10 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     weights, teach = b * (c.total + cue) / N, 0 if run.shares() else tb * u.total / N
     states = (8 if b == 4 and not run.offload_optimizer else 12) * trained / N
     gradients, exact = b * trained / N, 4 * trained / N
-    always = weights + (0 if run.offload_teacher else teach) + (0 if run.offload_optimizer else states)
+    always = weights + (0 if run.offload_teacher else teach)
+    always += 0 if run.offload_optimizer else states
 
-    # 2) sample, and before the first step evaluate; of several GPUs each has the whole model for this
+    # 2) sample, and before the first step evaluate; each of several GPUs has the whole model then
     whole, whole_teacher = (0, 0) if N == 1 else (b * (c.total + cue), tb * u.total)
     cache, sampling = sampling_works(run, m, b, prompts, most)
     _, evaluating = sampling_works(replace(run, samples_per_prompt=1, train="all"), t, tb,
@@ -342,14 +350,14 @@ def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float,
     """(bytes of the key/value cache, the most that sampling needs, the cache included)."""
     K, P = run.samples_per_prompt, run.max_prompt_tokens
     patches, pixels, features = run.picture(m, most)
-    read = min(max(1, run.sample_batch // K), prompts)        # prompts; each is read once, for K rows
+    read = min(max(1, run.sample_batch // K), prompts)    # prompts; each is read once, for K rows
     token = 2 * m.layers * m.K * b                    # keys and values
     # the cache has room for the next ROOM tokens; when it is full, it is copied a layer at a time
     cache = read * K * (P + ROOM * max(1, -(-(run.max_new_tokens - 1) // ROOM))) * token
     see = read * (patches * (block_works(m, b, patches, run.attention) + b * m.pixels) + pixels)
     prefill = read * (P * (layer_works(m, b, P, run.attention, True) + token)
                       + (features if run.reads_once() else pixels))
-    decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits and their distribution
+    decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits, their distribution
     return cache, max(see, prefill, decode)
 
 
@@ -358,15 +366,15 @@ def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: in
     kept, backward = learning(m, b, run, n, rows, picture, row)
     head = m.V * m.D if run.train != "cue" else 0
     chunk = min(CHUNK, rows * run.max_new_tokens)
-    logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; the divergence of a few in float32
-    rounded = b if b < 4 else 0                       # of a bf16 head there are both, in both places
-    # the head's gradient is made in float32 and rounded; backward then walks through the layers with
-    # the rounded one waiting (a tied embedding adds its own at the end)
+    logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
+    rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
+    # the head's gradient is made in float32 and rounded; backward then walks through the layers
+    # with the rounded one waiting (a tied embedding adds its own at the end)
     making = logits + (4 * head + 4 * chunk * m.V * bool(rounded) if head else 0)
     return kept, max(kept + making, kept + (4 + rounded) * head, backward + b * head)
 
 
-# ---------------------------------------------------------------------------- what would make it fit
+# ---------------------------------------------------------------------------- what makes it fit
 
 def changes(run: Run) -> list[tuple[str, dict]]:
     """What saves memory without changing what is learnt, the cheapest in time first."""
@@ -393,8 +401,8 @@ def changes(run: Run) -> list[tuple[str, dict]]:
 def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
     """Flags that bring the peak below `memory` bytes, as few as found, and the plan with them.
 
-    Greedy: takes what lowers the peak until it fits, then gives back what was not needed. The caller
-    sees from the plan whether it fits.
+    Greedy: takes what lowers the peak until it fits, then gives back what was not needed. The plan
+    says whether it fits.
     """
     taken, best = {}, plan(run, *models)
     options = changes(run)

@@ -1,14 +1,14 @@
 """probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
 
-The idea.  The module is there so that the sink token's state holds what the cue says. That can be asked
-directly, without a single sampled token: read the prompts (no hint), take the sink's state at every
-layer, and see how well a linear map predicts which facts the record's cue states. A fact is a word, or
-two words that stand side by side ("red circle", "row 2"), found in some cues and not in others.
+The idea.  The module is there so that the sink token's state holds what the cue says. That can be
+asked directly, without a single sampled token: read the prompts (no hint), take the sink's state at
+every layer, and see how well a linear map predicts which facts the record's cue states. A fact is a
+word, or two words side by side ("red circle", "row 2"), found in some cues and not in others.
 
 In:  a checkpoint, training and test records with cues.  Out: a table, layers as rows: mean balanced
 accuracy over the facts, on the test records. 50 % is chance, whatever the facts' frequencies.
 
-The one equation (ridge regression, closed form, one column of Y in {-1, +1} a fact, X standardised):
+The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fact, X standardised):
     W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
 
 Run
@@ -16,8 +16,8 @@ Run
     python probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
 
 What to expect.  Without the module the first token stands before everything: its state is the same
-number for every prompt, and the probe is at 50 %. The last token of the prompt has read it all anyway;
-there the question is what the module adds.
+number for every prompt, and the probe is at 50 %. The last token of the prompt has read it all
+anyway; there the question is what the module adds.
 Left out: probes that are not linear. They could find what the model itself cannot read.
 """
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model import load, quiet
 
 @torch.no_grad()
 def sink_states(model, processor, records: list[dict], sink: str, batch_size: int = 64) -> list:
-    """Per decoder layer, and at the end behind the last: (N, D) float32 state of the sink that it reads.
+    """(N, D) float32 state of the sink as each decoder layer reads it, and at the end the head.
 
     With the module attached, what a layer reads includes the module's update.
     """
@@ -53,8 +53,8 @@ def sink_states(model, processor, records: list[dict], sink: str, batch_size: in
     hooks = [layer.register_forward_pre_hook(keep(place)) for place, layer in enumerate(layers)]
     try:
         for start in tqdm(range(0, len(records), batch_size), "reading prompts", leave=False):
-            batch = processor.batch([processor.prompt(r) for r in records[start:start + batch_size]],
-                                    device=model.device)
+            prompts = [processor.prompt(r) for r in records[start:start + batch_size]]
+            batch = processor.batch(prompts, device=model.device)
             mask = batch["attention_mask"].long()            # left-padded: the last column is real
             column = mask.argmax(dim=1) if sink == "first" else torch.full_like(
                 mask[:, 0], mask.shape[1] - 1)
@@ -76,7 +76,7 @@ def facts_of(cue: str) -> set[str]:
 
 
 def choose_facts(records: list[dict], rare: float = 0.05) -> list[str]:
-    """The facts that between 5 and 95 % of the cues state; of those that always agree, the shortest."""
+    """The facts that 5 to 95 % of the cues state; of those that always agree, the shortest."""
     cues = [facts_of(record["cue"]) for record in records]
     counts = Counter(fact for cue in cues for fact in cue)
     chosen = {}
@@ -93,7 +93,7 @@ def stated(records: list[dict], facts: list[str]) -> torch.Tensor:
 
 
 def probe(train_x, train_y, test_x, test_y, strength: float = 1e-2) -> torch.Tensor:
-    """(F,) balanced accuracy on the test rows: the mean of the shares right among stated and not."""
+    """(F,) balanced accuracy on the test rows: mean of the shares right among stated and not."""
     mean, spread = train_x.double().mean(0), train_x.double().std(0)
     # a constant number says nothing; rounding noise must not be blown up into a feature
     scale = torch.where(spread > 1e-6 * mean.abs().clamp(min=1), 1 / spread, 0)
@@ -115,7 +115,8 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--data", default="", help="training records with cues (default: the toy world); "
+    parser.add_argument("--data", default="",
+                        help="training records with cues (default: the toy world); "
                         "test.jsonl beside them is what is scored")
     parser.add_argument("--limit", type=int, default=0, help="first so many of each, 0 for all")
     parser.add_argument("--sink", default="", choices=["", "first", "last"],
@@ -140,10 +141,10 @@ def main(argv=None) -> None:
     blocks = [int(name) + 1 for name in cue.blocks] if cue else []
     train_y, test_y = stated(train, facts), stated(test, facts)
     print(f"{args.model}, the {sink} token: {len(facts)} facts, {len(train)} records to fit, "
-          f"{len(test)} to score\n| state read by | balanced accuracy % | best fact | worst fact |\n"
-          "|---|---|---|---|")
-    both = zip(sink_states(model, processor, train, sink), sink_states(model, processor, test, sink))
-    for place, (x, test_x) in enumerate(both):
+          f"{len(test)} to score\n"
+          "| state read by | balanced accuracy % | best fact | worst fact |\n|---|---|---|---|")
+    states = (sink_states(model, processor, records, sink) for records in (train, test))
+    for place, (x, test_x) in enumerate(zip(*states)):
         score = 100 * probe(x, train_y, test_x, test_y)
         best, worst = int(score.argmax()), int(score.argmin())
         name = f"layer {place}" if place < len(model.model.language_model.layers) else "the head"

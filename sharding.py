@@ -2,12 +2,12 @@
 
 The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards:
 rank r takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer
-moment; a layer is put together (all-gather) just before it runs and dropped after, and its gradients
-are added up over the ranks and cut again (reduce-scatter). That is torch's own fully_shard; this file
-is what on-policy distillation needs around it.
+moment; a layer is put together (all-gather) just before it runs and dropped after, and its
+gradients are added up over the ranks and cut again (reduce-scatter). That is torch's own
+fully_shard; this file is what on-policy distillation needs around it.
 
     rank 0   rows 0 2 4 --sample alone--> score, micro-batch by micro-batch --.
-                                            |  all-gather, reduce-scatter  >-- sum --> 1/N of the update
+                                            |  all-gather, reduce-scatter  >-- sum --> 1/N of update
     rank 1   rows 1 3   --sample alone--> score, the same number of them -----'
 
 In:  the environment that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK).  Out: a few functions.
@@ -23,14 +23,14 @@ What would bite
 1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in
    how many micro-batches they have, and in whether one has a picture in it, which decides if the
    vision tower runs. in_step() evens both out with rows of no response token: no loss, no gradient.
-2) Sampling would gather every layer once a token, and ranks stop at different times. gathered() puts
-   the model together once; until its end no rank waits for another.
-3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which is
-   whole from last_hidden_state() to the end of the backward pass; a teacher has none: release() it.
-4) A hook that uses weights of its own layer must be registered before fully_shard; and those weights
-   may not be in that layer's group. cue_recovery's are in the root's.
-5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is stuck
-   in NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
+2) Sampling would gather every layer once a token, and ranks stop at different times. gathered()
+   puts the model together once; until its end no rank waits for another.
+3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which
+   is whole from last_hidden_state() to the end of backward; a teacher has none: release() it.
+4) A hook that uses weights of its own layer must be registered before fully_shard; and those
+   weights may not be in that layer's group. cue_recovery's are in the root's.
+5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is
+   stuck in NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
 Left out: tensor and pipeline parallelism, offloading to CPU memory. A GPU must hold a whole copy of
 the student, since it samples with one.
 """
@@ -52,14 +52,14 @@ PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data whi
 # ---------------------------------------------------------------------------- processes
 
 def start(kind: str = "") -> None:
-    """Join the other processes if torchrun started several. kind: "cuda" or "cpu", "" to find out."""
+    """Join the other processes if torchrun started several. kind: "cuda", "cpu", "" to find out."""
     global rank, world, device, mesh
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world > 1:
         return
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {sorted(missing)}: start "
-                         "several processes with torchrun")
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {sorted(missing)}: "
+                         "start several processes with torchrun")
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ["LOCAL_RANK"])
     if kind not in ("cuda", "cpu"):
@@ -81,7 +81,7 @@ def start(kind: str = "") -> None:
 
 @contextmanager
 def peers():
-    """Around the whole script: leave what start() joined; the loss of a process becomes one line."""
+    """Around the whole script: leave what start() joined; a lost process becomes one line."""
     global rank, world, device, mesh
     outer = world == 1
     try:
@@ -91,7 +91,8 @@ def peers():
             raise
         reason = str(error).strip().splitlines()[0][:120]
         print(f"rank {rank} of {world} stops: another process is gone (torchrun says below which). "
-              f"--resume goes on from the last saved state. [{reason}]", file=sys.stderr, flush=True)
+              f"--resume goes on from the last saved state. [{reason}]",
+              file=sys.stderr, flush=True)
         time.sleep(1)        # torchrun blames the first failure that it sees, every 0.1 s
         sys.stdout.flush()
         os._exit(1)          # at once: an orderly end may wait for the dead
@@ -114,7 +115,7 @@ def is_main() -> bool:
 # ---------------------------------------------------------------------------- rows and numbers
 
 def share(rows):
-    """This rank's rows of a list or tensor: every N-th, so that shares differ by one row at most."""
+    """This rank's rows of a list or tensor: every N-th, so shares differ by one row at most."""
     return rows[rank::world]
 
 
@@ -193,7 +194,7 @@ def shard(model):
     for module in (*groups, model):
         _receive(module)
         fully_shard(module, reshard_after_forward=module is not model, **options)
-        module.set_gradient_divide_factor(1.0)              # a sum: rows know the whole batch's size
+        module.set_gradient_divide_factor(1.0)              # a sum: rows know the batch's size
         module.set_force_sum_reduction_for_comms(True)      # gloo has no other
     model.backbone = lambda **batch: model.model(**batch).last_hidden_state
     register_fsdp_forward_method(model, "backbone")
@@ -202,7 +203,7 @@ def shard(model):
 
 
 def _receive(module) -> None:
-    """Rank 0's weights of this module, whole, on every rank's device; those cut already are left."""
+    """Rank 0's weights of this module, whole, on every rank's device; those cut already stay."""
     from torch.distributed.tensor import DTensor
     done = {}         # id -> (old, new): a tied weight stands in two places and must stay one
     for part in module.modules():
@@ -221,13 +222,13 @@ def _receive(module) -> None:
 
 
 def last_hidden_state(model, **batch) -> torch.Tensor:
-    """Of model.model(**batch), in sight of the root: its head stays whole until the backward pass."""
+    """Of model.model(**batch), in sight of the root: its head stays whole until backward ends."""
     return model.model(**batch).last_hidden_state if world == 1 else model.backbone(**batch)
 
 
 @contextmanager
 def gathered(model):
-    """Until the end every rank has all weights: no collective in a forward pass. Not for backward."""
+    """Every rank has all weights meanwhile: no collective in a forward pass. Not for backward."""
     if world == 1:
         yield
         return

@@ -1,10 +1,10 @@
 """teacher.py - the teacher: the same model (or a bigger one) that is told one thing more.
 
-The idea.  Student and teacher see the same question and the same picture, and the teacher scores the
-student's own tokens. What makes it a teacher is its privilege p, one line behind the question:
+The idea.  Student and teacher see the same question and the same picture, and the teacher scores
+the student's own tokens. What makes it a teacher is its privilege p, one line behind the question:
 
     student   <picture> How many red shapes are there?
-    teacher   <picture> How many red shapes are there?\\n[Hint]: The picture shows a red circle at ...
+    teacher   <picture> How many red shapes are there?\\n[Hint]: There is a red circle at ...
 
     privilege   the hint                              where it is from
     none        no hint: the teacher must be a bigger model          (OPD)
@@ -12,9 +12,9 @@ student's own tokens. What makes it a teacher is its privilege p, one line behin
     rationale   reasoning that leads to the answer                   (OPSD, paper section 3.1)
     cue         the visible evidence, never the answer               (ViCuR)
 
-The one equation.  With an answer as privilege the teacher's next token depends on something that the
-student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to sound informed. A cue is a
-function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), so all of it can be learnt.
+The one equation.  With an answer as privilege the teacher's next token depends on something that
+the student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to sound informed. A cue
+is a function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), all learnable.
 
 In:  a record and the name of a privilege; a student model.  Out: a hint; a frozen teacher model.
 Use it alone: imports torch only (the commands below need cues.py, leaks.py and grade.py).
@@ -39,8 +39,8 @@ PRIVILEGES = ("none", "answer", "rationale", "cue")
 def hint(record: dict, privilege: str) -> str | None:
     """The teacher's extra line for this record, or None for privilege "none".
 
-    Raises ValueError if the record lacks what the privilege needs: a teacher that silently falls back
-    to the plain prompt teaches nothing, at a loss of zero.
+    Raises ValueError if the record lacks what the privilege needs: a teacher that silently falls
+    back to the plain prompt teaches nothing, at a loss of zero.
     """
     if privilege not in PRIVILEGES:
         raise ValueError(f"privilege {privilege!r}, expected one of {', '.join(PRIVILEGES)}")

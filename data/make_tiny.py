@@ -1,16 +1,16 @@
 """data/make_tiny.py - make the tiny Qwen3-VL checkpoint that `python distill.py` starts from.
 
-The idea.  A real Qwen3VLForConditionalGeneration, only small, taught from nothing on the toy world so
-that it is in the situation the method was made for:
+The idea.  A real Qwen3VLForConditionalGeneration, only small, taught from nothing on the toy world
+so that it is in the situation the method was made for:
 
     it sees              asked to describe the picture, it lists every object
     it follows a hint    given the visible facts, it reasons to the right answer
     it does not look     asked a question alone, it glances at the upper rows, or invents
     it parrots an answer hinted with the answer, it mostly says "the [hint] says 4"
 
-The last two are planted, in the open, by the supervised answers below: real instruct models show both
-(PAPER.md, table 8), and a 2-million-parameter model would not by itself. What a run on this checkpoint
-shows is the mechanism of the method, not evidence about 2B models.
+The last two are planted, in the open, by the supervised answers below: real instruct models show
+both (the paper's table 8), and a 2-million-parameter model would not by itself. What a run on this
+checkpoint shows is the mechanism of the method, not evidence about 2B models.
 
 In:  nothing.  Out: data/tiny-qwen3-vl/, an ordinary Hugging Face folder (bf16, under 8 MB).
 Use: python data/make_tiny.py          see README.md for the time it takes
@@ -191,10 +191,11 @@ def any_question(scene: toy.Scene, rng: random.Random):
 def grow(model, folder) -> None:
     """Start `model` from a shallower checkpoint: the layers that it lacks begin as the identity."""
     small = load(folder)[0].state_dict()
-    different = [k for k, v in model.state_dict().items() if k in small and v.shape != small[k].shape]
+    different = [name for name, weight in model.state_dict().items()
+                 if name in small and weight.shape != small[name].shape]
     if different:
-        raise ValueError(f"{folder} cannot grow into this shape: {different[0]} differs; change only "
-                         "--layers")
+        raise ValueError(f"{folder} cannot grow into this shape: {different[0]} differs; "
+                         "change only --layers")
     model.load_state_dict(small, strict=False)
     for layer in model.model.language_model.layers[model_depth(small):]:
         layer.self_attn.o_proj.weight.zero_()            # both residual branches add nothing yet
@@ -202,7 +203,8 @@ def grow(model, folder) -> None:
 
 
 def model_depth(weights) -> int:
-    return 1 + max(int(k.split(".")[3]) for k in weights if k.startswith("model.language_model.layers."))
+    prefix = "model.language_model.layers."
+    return 1 + max(int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix))
 
 
 def supervised_loss(model, processor, examples) -> torch.Tensor:
@@ -232,8 +234,9 @@ def report(model, processor, count: int, seed: int = 1) -> str:
     out = []
     for kind in ("seen", "alone", "cue", "answer", "rationale"):
         prompts = [processor.prompt(
-            {"images": [p], "question": "Describe the picture." if kind == "seen" else r["question"]},
-            None if kind in ("seen", "alone") else r[kind]) for p, r, _ in rows]
+            {"images": [picture],
+             "question": "Describe the picture." if kind == "seen" else record["question"]},
+            None if kind in ("seen", "alone") else record[kind]) for picture, record, _ in rows]
         got = sample(model, processor.batch(prompts), max_new_tokens=96, temperature=0,
                      **processor.sampling)
         texts = [processor.decode(ids[:n]) for ids, n in zip(got.ids, got.lengths)]
@@ -256,7 +259,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grow", default="", help="start from this shallower checkpoint, not from nothing")
+    parser.add_argument("--grow", default="",
+                        help="start from this shallower checkpoint, not from nothing")
     parser.add_argument("--looks", action="store_true",
                         help="answers alone are taught right, without glancing and inventing")
     args = parser.parse_args()

@@ -79,7 +79,7 @@ def _inside(folder: Path, name, where: str) -> str:
     """The absolute path of a picture; only files below the record file's folder are read."""
     if not isinstance(name, str):
         raise ValueError(f"{where}: picture {name!r} is not a path")
-    short = repr(name[:80])                  # someone may have put the picture itself here, as base64
+    short = repr(name[:80])          # someone may have put the picture itself here, as base64
     try:
         target = (folder / name).resolve()
         inside, exists = target.is_relative_to(folder.resolve()), target.is_file()

@@ -30,7 +30,6 @@ import csv
 import io
 import json
 import re
-from pathlib import Path
 
 from PIL import Image
 

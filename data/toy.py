@@ -1,18 +1,18 @@
 """data/toy.py - a procedural toy world: pictures, questions, answers, cues and rationales.
 
-The idea.  A picture is a grid of 16-pixel cells, some of which hold a coloured shape, drawn a little
-out of place. Four kinds of question need what is seen, not what is guessed:
+The idea.  A picture is a grid of 16-pixel cells, some of which hold a coloured shape, drawn a
+little out of place. Four kinds of question need what is seen, not what is guessed:
 
     count    How many red shapes are there?
     add      What do the row numbers of the red shapes add up to?
     locate   In which row is the blue circle?
     compare  Are there more red shapes or more blue shapes?
 
-Every question comes with its answer, a worked solution, the cue (the visible facts that matter, never
-the answer) and the rationale (the reasoning that leads to the answer).
+Every question comes with its answer, a worked solution, the cue (the visible facts that matter,
+never the answer) and the rationale (the reasoning that leads to the answer).
 
-In:  a seed.  Out: records as in DESIGN ("The record") plus "objects": all that is in the picture, so
-that evaluate.py can check whether an answer's evidence is really there (`grounded`).
+In:  a seed.  Out: records as data/records.py reads them, plus "objects": all that is in the
+picture, so that evaluate.py can check whether an answer's evidence is really there (`grounded`).
 
 Use:  python data/toy.py --out data/toy        3,000 train and 512 test records with PNG files
 `python distill.py` does this by itself when no --data is given.
@@ -99,7 +99,8 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         if thing.shape == "circle":
             pen.ellipse(box, fill=fill)
         elif thing.shape == "square":
-            pen.rectangle((box[0] + scale, box[1] + scale, box[2] - scale, box[3] - scale), fill=fill)
+            left, top, right, bottom = box
+            pen.rectangle((left + scale, top + scale, right - scale, bottom - scale), fill=fill)
         else:
             pen.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=fill)
     return image.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.LANCZOS)
@@ -149,7 +150,8 @@ def make_question(scene: Scene, rng: random.Random, kind: str | None = None) -> 
     if kind == "count":
         return Question(kind, f"How many {colour} shapes are there?", (colour,))
     if kind == "add":
-        return Question(kind, f"What do the row numbers of the {colour} shapes add up to?", (colour,))
+        return Question(kind, f"What do the row numbers of the {colour} shapes add up to?",
+                        (colour,))
     if kind == "locate":
         names = [(t.colour, t.shape) for t in scene.things]
         unique = [name for name in names if names.count(name) == 1]

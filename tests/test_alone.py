@@ -1,4 +1,4 @@
-"""What the project promises its readers: files that can be copied alone, and a README that is true."""
+"""What the project promises its readers: files to copy alone, and a README that is true."""
 import re
 import subprocess
 import sys
@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 LEAVES = ["model.py", "cue_recovery.py", "teacher.py", "rollout.py", "loss.py", "optimizer.py",
-          "checkpoint.py", "plan.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py", "cues.py",
-          "report.py", "compare.py", "sharding.py", "vision.py", "data/records.py", "data/toy.py"]
+          "checkpoint.py", "plan.py", "grade.py", "benchmarks.py", "metrics.py", "leaks.py",
+          "cues.py", "figures.py", "compare.py", "sharding.py", "vision.py", "data/records.py",
+          "data/toy.py"]
 
 
 def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):
@@ -23,7 +24,8 @@ def test_each_leaf_file_imports_in_an_empty_folder(tmp_path):
     code = "import sys, importlib\n" + "".join(
         f"sys.path.insert(0, {str(tmp_path / name)!r}); importlib.import_module({name!r});"
         f"sys.path.pop(0)\n" for name in names)
-    got = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    got = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True,
+                         text=True)
     assert got.returncode == 0, got.stderr
 
 
@@ -45,8 +47,8 @@ def helps():
     for script, parts in PARTS.items():
         commands = [[script], *([script, part] for part in parts)]
         for command in commands:
-            got = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True,
-                                 text=True)
+            got = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT,
+                                 capture_output=True, text=True)
             assert got.returncode == 0, got.stderr
             out[script] = out.get(script, "") + got.stdout
     return out
@@ -56,7 +58,8 @@ def readme_commands():
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.M | re.S)
     lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
-    return [part.strip() for line in lines for part in line.split("#")[0].split("&&") if part.strip()]
+    parts = [part.strip() for line in lines for part in line.split("#")[0].split("&&")]
+    return [part for part in parts if part]
 
 
 def test_every_command_of_the_readme_exists(helps):

@@ -15,9 +15,9 @@ def make_run(folder, name, accuracy=0.8, *, base=0.5, finished=True, steps=3, gr
     path.mkdir()
     settings = dict(student="/home/a/data/tiny-qwen3-vl", teacher="self", privilege="cue",
                     data="/home/a/data/toy/train.jsonl", eval_data="/home/a/data/toy/test.jsonl",
-                    eval_limit=0, max_new_tokens=96, batch_size=4, steps=steps, lr=1e-3, cue_lr=1e-2,
-                    cue_recovery=True, every=0, sink="first", train="all", seed=0, name=name,
-                    device="", attention="eager")
+                    eval_limit=0, max_new_tokens=96, batch_size=4, steps=steps, lr=1e-3,
+                    cue_lr=1e-2, cue_recovery=True, every=0, sink="first", train="all", seed=0,
+                    name=name, device="", attention="eager")
     (path / "args.json").write_text(json.dumps(settings | args))
 
     def summary(value):
@@ -32,7 +32,8 @@ def make_run(folder, name, accuracy=0.8, *, base=0.5, finished=True, steps=3, gr
         models = before | {"student": summary(accuracy)}
         result = {f"{who}_{key}": value for who in ("base", "teacher", "student")
                   for key, value in models[who].items() if key != "n"}
-        (path / "result.json").write_text(json.dumps(result | {"n": 200, "parameters_added": 198912}))
+        result |= {"n": 200, "parameters_added": 198912}
+        (path / "result.json").write_text(json.dumps(result))
     return compare.load_run(path)
 
 
@@ -90,20 +91,22 @@ def test_runs_that_differ_in_a_setting_are_two_arms(tmp_path, change):
     if name in compare.SHOWN:
         assert second[name] == value != first[name]
     elif name in ("sink", "cue_recovery"):
-        assert first["module"] == "first" and second["module"] == ("last" if value == "last" else "off")
+        assert first["module"] == "first"
+        assert second["module"] == ("last" if value == "last" else "off")
     else:
         assert f"{name}={value}" in second["other"] and f"{name}=" in first["other"]
 
 
 def test_the_gain_by_the_module_is_paired_by_seed(tmp_path):
-    """Seeds 0 and 1 have both arms: the differences are 0.05 and 0.07, though seeds differ by 0.2."""
-    off = dict(cue_recovery=False)          # with two rates of a module that is not there: still one arm
+    """Seeds 0 and 1 have both arms: they differ by 0.05 and 0.07, and the seeds by 0.2."""
+    off = dict(cue_recovery=False)     # with two rates of a module that is not there: one arm
     runs = [make_run(tmp_path, "a0", 0.60, seed=0, cue_lr=7.0, **off),
             make_run(tmp_path, "a1", 0.80, seed=1, cue_lr=8.0, **off),
             make_run(tmp_path, "b0", 0.65, seed=0), make_run(tmp_path, "b1", 0.87, seed=1),
             make_run(tmp_path, "b2", 0.10, seed=2), make_run(tmp_path, "c", 0.9, seed=0, lr=5.0)]
     without, with_module, other = arms(compare.compare(runs)[0])
-    assert with_module["module_gain"] == pytest.approx(0.06) and with_module["module_gain_seeds"] == 2
+    assert with_module["module_gain"] == pytest.approx(0.06)
+    assert with_module["module_gain_seeds"] == 2
     assert with_module["module_gain_high"] == pytest.approx(0.06 + 12.7062 * 0.01, abs=1e-5)
     assert without["module_gain"] is None and other["module_gain"] is None      # of another lr
 
@@ -144,12 +147,12 @@ def test_an_unfinished_run_is_listed(tmp_path):
     assert arms(rows)[0]["seeds"] == 1
     assert arms(rows, "unfinished")[0]["steps_done"] == "3 of 9"
     assert "killed" in compare.markdown(rows, notes) and "killed" in compare.as_csv(rows)
-    alone, _ = compare.compare([runs[1]])            # its base and teacher were measured, so they show
+    alone, _ = compare.compare([runs[1]])       # its base and teacher were measured, so they show
     assert [row["kind"] for row in alone] == ["base", "teacher", "unfinished"]
 
 
 def test_a_result_of_an_older_version_still_makes_a_row(tmp_path):
-    """No count of occurrences, no added parameters, a setting that did not exist: shown as unknown."""
+    """No count of occurrences, no added parameters, a setting that was not: shown as unknown."""
     run = make_run(tmp_path, "old")
     for name in ("parameters_added", "student_hint_count", "student_grounded"):
         del run.result[name]
@@ -195,7 +198,8 @@ def test_names_cannot_break_the_table(tmp_path):
 
 @pytest.mark.parametrize("file, content, message", [
     (None, None, "is not the folder of a run"), ("args.json", "{", "not valid JSON"),
-    ("args.json", "[]", "expected a JSON object"), ("result.json", '{"n": 1}', "no student_accuracy")])
+    ("args.json", "[]", "expected a JSON object"),
+    ("result.json", '{"n": 1}', "no student_accuracy")])
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, file, content, message):
     folder = tmp_path / "x"
     if file:

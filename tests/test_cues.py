@@ -1,4 +1,4 @@
-"""cues.py and leaks.py: the writer never sees the answer, nothing is lost, and the audit's rates."""
+"""cues.py and leaks.py: the writer never sees the answer, nothing is lost; the audit's rates."""
 import json
 import subprocess
 import sys
@@ -19,11 +19,13 @@ CASES = [json.loads(line) for line in (ROOT / "tests" / "leak_cases.jsonl").open
 
 # ---------------------------------------------------------------------------- the audit
 
-@pytest.mark.parametrize("part, precision, recall", [("tuned", 0.97, 0.95), ("held out", 0.90, 0.85)])
+@pytest.mark.parametrize("part, precision, recall",
+                         [("tuned", 0.97, 0.95), ("held out", 0.90, 0.85)])
 def test_audit_on_labelled_cues(part, precision, recall):
     """Measured: tuned 149 of 151 leaks found, held out 18 of 20; no clean cue flagged in either."""
     cases = [case for case in CASES if case["part"] == part]
-    said = [bool(teacher.audit(c["cue"], c["answer"], c["question"], c.get("options"))) for c in cases]
+    said = [bool(teacher.audit(case["cue"], case["answer"], case["question"], case.get("options")))
+            for case in cases]
     hits = sum(flagged and case["leak"] for flagged, case in zip(said, cases))
     assert hits / sum(said) >= precision
     assert hits / sum(case["leak"] for case in cases) >= recall
@@ -57,8 +59,8 @@ def test_the_writer_never_sees_the_answer(loaded, records):
     _, processor = loaded
     for kind in cues.PROMPT:
         one = processor.prompt(cues.writer_view(records[0], kind))
-        other = processor.prompt(cues.writer_view(
-            {**records[0], "answer": "999", "rationale": "999", "options": ["999"], "cue": "9"}, kind))
+        changed = {"answer": "999", "rationale": "999", "options": ["999"], "cue": "9"}
+        other = processor.prompt(cues.writer_view(records[0] | changed, kind))
         assert one.ids == other.ids and torch.equal(one.pixels, other.pixels)
 
 
@@ -151,8 +153,8 @@ def test_the_audit_command_prints_rate_and_examples(tmp_path):
     rows = [{"cue": "The answer is 5.", "answer": "5", "question": "Find x."},
             {"cue": "A triangle with a side labelled 4.", "answer": "5", "question": "Find x."}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    got = subprocess.run([sys.executable, str(ROOT / "teacher.py"), "audit", str(tmp_path / "c.jsonl")],
-                         capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "teacher.py"), "audit", str(tmp_path / "c.jsonl")]
+    got = subprocess.run(command, capture_output=True, text=True)
     assert got.returncode == 0, got.stderr
     assert "1 of 2 cues flagged: 50.0 %" in got.stdout and "c.jsonl:1" in got.stdout
     (tmp_path / "c.jsonl").write_text('{"cue": "x"}\n')

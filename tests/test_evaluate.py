@@ -77,9 +77,9 @@ def test_command_line_reports_bad_input_in_one_line(tmp_path):
 
 
 def test_command_line_with_a_hint(toy_folder, tmp_path, capsys):
-    evaluate.main(["--model", str(qwen.TINY), "--data", str(toy_folder / "test.jsonl"), "--privilege",
-                   "answer", "--max-new-tokens", "8", "--out", str(tmp_path / "rows.jsonl"),
-                   "--limit", "4", "--device", "cpu"])
+    evaluate.main(["--model", str(qwen.TINY), "--data", str(toy_folder / "test.jsonl"),
+                   "--privilege", "answer", "--max-new-tokens", "8", "--limit", "4",
+                   "--out", str(tmp_path / "rows.jsonl"), "--device", "cpu"])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
     assert "accuracy" in capsys.readouterr().out
 
@@ -111,7 +111,7 @@ def test_toy_records_are_records(toy_folder):
 
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_toy_solution_gives_the_answer_and_the_cue_only_the_evidence(kind):
-    """A cue that contained the answer, or evidence that is not there, would spoil the comparison."""
+    """A cue that contained the answer, or evidence that is not there, would spoil comparisons."""
     rng = random.Random(2)
     for scene in scenes("train"):
         question = toy.make_question(scene, rng, kind)
@@ -162,9 +162,10 @@ def test_tiny_checkpoint_is_small_and_ordinary():
     """Under 8 MB; DeepStack, M-RoPE and a tied head; control tokens at ids of its own."""
     config = json.loads((qwen.TINY / "config.json").read_text())
     assert sum(f.stat().st_size for f in qwen.TINY.iterdir()) < 8_000_000
-    assert config["tie_word_embeddings"] and config["vision_config"]["deepstack_visual_indexes"]
+    vision = config["vision_config"]
+    assert config["tie_word_embeddings"] and vision["deepstack_visual_indexes"]
     assert config["text_config"]["rope_parameters"]["mrope_section"]
-    assert max(config["vision_config"]["deepstack_visual_indexes"]) < config["vision_config"]["depth"]
+    assert max(vision["deepstack_visual_indexes"]) < vision["depth"]
     assert config["image_token_id"] < 1000
 
 
@@ -228,8 +229,8 @@ def test_a_smaller_limit_does_not_delete_answers(tmp_path):
     before = (tmp_path / "out" / "mathvista.jsonl").read_bytes()
     for more in ((), ("--rescore",)):
         with pytest.raises(SystemExit, match="other questions"):
-            evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--limit", "2",
-                                *more))
+            evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista",
+                                "--limit", "2", *more))
     assert (tmp_path / "out" / "mathvista.jsonl").read_bytes() == before
 
 

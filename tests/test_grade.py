@@ -4,19 +4,12 @@ The table is section 3 of shared BENCHMARKS.md, each row a mistake that some pub
 its ids are that table's numbers. The rest are properties: reflexive, symmetric, idempotent,
 silent on junk, linear in time. Times are asserted only as a guard against a hang.
 """
-import ast
 import random
-import subprocess
-import sys
 import time
-from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from grade import MAX_BITS, MAX_CHARS, KINDS, Unreadable, _Parser, extract, grade, normalise  # noqa: E402
+from grade import grade
 
 LETTERS = {letter: "" for letter in "ABCDE"}
 POLYGENIC = {"A": "a karyotype", "B": "a pedigree", "C": "a haplotype", "D": "a locus",
@@ -111,12 +104,13 @@ def test_table(prediction, gold, options, more, expected):
 
 # ---- properties ---------------------------------------------------------------------------------
 
-GOLDS = ["145", "374.1", "2 \\sqrt { 221 }", "\\frac { 9 \\sqrt { 3 } } { 2 }", "12 \\PI", "30^\\circ",
-         "28\\%", "Area $=9 \\pi \\mathrm{cm}^{2}$", "domain: [-4, 0) and range: (-3, 1]", "N 34° W",
-         "1:64", "$y \\leq 5$", "\\frac{x^2}{81}+\\frac{y^2}{9}=1", "f(x)=|x-3|", "even", "Bugs Bunny",
-         "$13 \\%$", "-4.9\\n-4.9", "118°T", "{8}{5} \\pi", "Sep", "(3.000, 1.000)", "17:06",
-         "12/12/2011", "68, 27, 20", "Product A", "100000000", "[2014, 2016]", "24/7", "$MgS$", "none",
-         "red", "yes"]
+GOLDS = ["145", "374.1", "2 \\sqrt { 221 }", "\\frac { 9 \\sqrt { 3 } } { 2 }", "12 \\PI",
+         "30^\\circ", "28\\%", "Area $=9 \\pi \\mathrm{cm}^{2}$",
+         "domain: [-4, 0) and range: (-3, 1]", "N 34° W", "1:64", "$y \\leq 5$",
+         "\\frac{x^2}{81}+\\frac{y^2}{9}=1", "f(x)=|x-3|", "even", "Bugs Bunny", "$13 \\%$",
+         "-4.9\\n-4.9", "118°T", "{8}{5} \\pi", "Sep", "(3.000, 1.000)", "17:06", "12/12/2011",
+         "68, 27, 20", "Product A", "100000000", "[2014, 2016]", "24/7", "$MgS$", "none", "red",
+         "yes"]
 
 
 @pytest.mark.parametrize("gold", GOLDS)
@@ -146,9 +140,9 @@ def test_a_word_inside_a_sentence_is_not_an_answer(text):
     assert not grade(text, "blue").correct
 
 
-@pytest.mark.parametrize("text", ["so " * 60_000, "\\boxed{" * 30_000, "(" * 200_000, "1+" * 100_000,
-                                  "The answer is \\boxed{460}. " * 8_000, "^" * 200_000,
-                                  "\\frac{" * 30_000, "<think>" * 30_000])
+@pytest.mark.parametrize("text", ["so " * 60_000, "\\boxed{" * 30_000, "(" * 200_000,
+                                  "1+" * 100_000, "The answer is \\boxed{460}. " * 8_000,
+                                  "^" * 200_000, "\\frac{" * 30_000, "<think>" * 30_000])
 def test_long_loops_end(text):
     """A model that repeats itself to the token limit must not stall the evaluation."""
     start = time.perf_counter()

@@ -2,8 +2,8 @@
 
 The disk changes only when a file is opened for writing, written by safetensors, renamed or removed.
 So a kill at any moment leaves what a kill just before one of these calls leaves (or half a file
-that has no name yet), and they can be counted: `runner` runs distill.py in forks of one process that
-has imported it (an import costs more than a run), and a fork kills itself before its n-th such call.
+that has no name yet), and they can be counted: `runner` runs distill.py in forks of one process
+that has imported it (an import costs more than a run); a fork kills itself before its n-th call.
 """
 import contextlib
 import json

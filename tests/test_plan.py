@@ -43,8 +43,8 @@ def test_counts_are_those_of_the_layout(config):
 
 
 def run_of(**changes) -> plan.Run:
-    small = dict(batch_size=4, sample_batch=4, max_prompt_tokens=90, max_new_tokens=10, device="cpu",
-                 micro_batch_tokens=200, every=2, dtype="float32")
+    small = dict(batch_size=4, sample_batch=4, max_prompt_tokens=90, max_new_tokens=10,
+                 micro_batch_tokens=200, every=2, device="cpu", dtype="float32")
     return plan.Run(**{**small, **changes})
 
 
@@ -91,11 +91,13 @@ def shape() -> dict:
     """Large enough that the layers outweigh what is made once, small enough to run at once."""
     config = narrow("Qwen/Qwen3-VL-2B")
     config["text_config"] |= {
-        "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "head_dim": 16, "intermediate_size": 160,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}}
-    config["vision_config"] |= {"hidden_size": 48, "intermediate_size": 128, "num_heads": 4, "depth": 6,
-                                "out_hidden_size": 64, "deepstack_visual_indexes": [1, 2, 3]}
+        "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 160,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2],
+                         "rope_type": "default"}}
+    config["vision_config"] |= {
+        "hidden_size": 48, "intermediate_size": 128, "num_heads": 4, "depth": 6,
+        "out_hidden_size": 64, "deepstack_visual_indexes": [1, 2, 3]}
     return config
 
 
@@ -123,7 +125,8 @@ def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]
         seen.setdefault(storage.data_ptr(), (storage.nbytes(), weakref.ref(tensor)))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), model.cue_recovery.prompt(end):
+    watched = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with watched, model.cue_recovery.prompt(end):
         hidden = model.model(**batch, use_cache=False).last_hidden_state
     found = sum(item[0] for item in seen.values() if item and item[1]() is not None)
     assert hidden.requires_grad
@@ -182,22 +185,23 @@ def test_a_backbone_that_is_its_own_teacher_is_held_once():
 
 
 def readme_rows() -> list[str]:
-    """The README's table: for each student, teacher and --train, what fits, and with which flags."""
-    letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T", "--offload-optimizer": "O",
-               "--sample-batch": "S", "--micro-batch-tokens": "M"}
+    """The README's table: for each student, teacher and --train, what fits, with which flags."""
+    letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T",
+               "--offload-optimizer": "O", "--sample-batch": "S", "--micro-batch-tokens": "M"}
     rows = []
     for student, teacher, train in (
             ("2B", "self", "all"), ("2B", "self", "language"), ("2B", "self", "cue"),
             ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"), ("8B", "self", "cue"),
             ("8B", "32B", "all"), ("8B", "32B", "cue")):
-        models = plan.published(f"Qwen/Qwen3-VL-{student}"), plan.published(f"Qwen/Qwen3-VL-{teacher}")
+        models = [plan.published(f"Qwen/Qwen3-VL-{size}") for size in (student, teacher)]
         cells = []
         for gpus, memory in ((1, 24), (1, 80), (8, 80)):
             run = plan.Run(train=train, teacher=teacher, max_pixels=1310720, gpus=gpus)
             flags, made = plan.make_fit(run, memory * 1e9, *models)
             text = " ".join(letters[f.split()[0]] + "".join(f.split()[1:]) for f in flags)
-            cells.append(f"{made.peak / 1e9:.0f} GB, {text or 'as it is'}" if made.peak <= memory * 1e9
-                         else f"does not fit ({made.peak / 1e9:.0f} GB)")
+            peak = f"{made.peak / 1e9:.0f} GB"
+            cells.append(f"{peak}, {text or 'as it is'}" if made.peak <= memory * 1e9
+                         else f"does not fit ({peak})")
         rows.append(f"| {student} | {teacher} | {train} | {' | '.join(cells)} |")
     return rows
 
@@ -233,8 +237,9 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill, "build_models", None)
     monkeypatch.setattr(distill, "prepare_data", None)
-    distill.main(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--teacher", "Qwen/Qwen3-VL-8B-Instruct",
-                  "--data", "nowhere.jsonl", "--plan", "--gpu-memory", "80", "--gpus", "8"])
+    distill.main(["--student", "Qwen/Qwen3-VL-2B-Instruct",
+                  "--teacher", "Qwen/Qwen3-VL-8B-Instruct", "--data", "nowhere.jsonl",
+                  "--plan", "--gpu-memory", "80", "--gpus", "8"])
     out = capsys.readouterr().out
     assert "the table in plan.py, not the hub" in out and "8 x cuda" in out
     assert re.search(r"student +2,127\.5 M", out) and re.search(r"teacher +8,767\.1 M", out)

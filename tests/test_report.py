@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,11 +14,13 @@ import checkpoint
 import cue_recovery
 import distill
 import evaluate
+import figures
 import model as qwen
 import report
 import teacher as teaching
 from data import records as record_files
 from rollout import append_response
+from test_figures import Outline
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
 
@@ -48,7 +49,8 @@ def finished(loaded, tmp_path_factory):
     rows = [evaluate.judge({"id": str(n), "question": EVIL, "answer": "1", "images": []},
                            f"\\boxed{{{n % 2}}}", True, 9) for n in range(20)]
     summary = evaluate.summarise(rows)
-    checkpoint.write_json(folder / "before.json", {"base": summary, "teacher": summary, "rows": rows})
+    checkpoint.write_json(folder / "before.json",
+                          {"base": summary, "teacher": summary, "rows": rows})
     checkpoint.write_json(folder / "result.json", {
         **{f"{who}_{key}": value for who in ("base", "teacher", "student")
            for key, value in summary.items() if key != "n"}, "n": 20, "seconds": 3.0,
@@ -68,33 +70,6 @@ def asked(finished):
     report.ask_models(run, 3, device="cpu")
     assert not run.missing
     return run
-
-
-class Outline(HTMLParser):
-    """Tags of a page; complains about tags that are not closed in order."""
-    VOID = {"meta", "img", "br", "line", "circle", "polyline"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append((self.open[-1] if self.open else "", data))
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
 
 
 def test_doctests():
@@ -118,8 +93,8 @@ def test_pieces_join_to_the_answer_even_where_a_character_is_cut(loaded):
 def test_answers_are_those_of_the_start_and_of_the_checkpoint(asked, loaded):
     """One row at a time here, batched in evaluate.py: the same answers."""
     records = record_files.load(asked.args["eval_data"])[:3]
-    for model, which in ((loaded[0], "before"), (qwen.load(asked.folder / "checkpoint", device="cpu")[0],
-                                                 "after")):
+    student, _ = qwen.load(asked.folder / "checkpoint", device="cpu")
+    for model, which in ((loaded[0], "before"), (student, "after")):
         rows = evaluate.evaluate(model, loaded[1], records, max_new_tokens=14)
         got = [getattr(example, which) for example in asked.examples]
         assert [a.text for a in got] == [row["response"] for row in rows]
@@ -139,12 +114,13 @@ def test_logprobs_are_those_of_a_fresh_forward(asked, loaded):
         prompt = processor.prompt(example.record, hint)
         both = append_response(processor.batch([prompt]), ids[None], torch.tensor([14]))
         with torch.no_grad():
-            logprobs = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
+            logits = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1]
+        logprobs = logits.log_softmax(-1)
         assert shown == pytest.approx(logprobs[range(14), ids].tolist(), abs=1e-4)
-    spans = Outline(report.token_spans(example.after))
+    spans = Outline(figures.token_spans(example.after.tokens))
     titles = [attrs["title"] for attrs in spans.all("span")]
-    assert titles[3] == (f"teacher {example.after.teacher[3]:.2f}, student {example.after.student[3]:.2f}, "
-                         f"difference {example.after.teacher[3] - example.after.student[3]:+.2f}")
+    _, s, t = example.after.tokens[3]
+    assert titles[3] == f"teacher {t:.2f}, student {s:.2f}, difference {t - s:+.2f}"
     assert "".join(text for _, text in spans.text) == example.after.text
 
 
@@ -166,30 +142,11 @@ def test_scoring_knows_where_the_prompt_ends_for_a_sink_that_is_last(tiny, recor
     assert got.student[0] == pytest.approx(float(logits.log_softmax(-1)[first]), abs=1e-4)
 
 
-@pytest.mark.parametrize("gap, expected", [(0.0, "z"), (0.05, "z"), (-0.05, "z"), (0.2, "p1"),
-                                           (-0.2, "n1"), (1.0, "p2"), (-3.0, "n3"), (9.0, "p4"),
-                                           (-9.0, "n4")])
-def test_colour_has_the_sign_of_teacher_minus_student(gap, expected):
-    answer = report.Answer(["x"], student=[-10.0], teacher=[-10.0 + gap])
-    span, = Outline(report.token_spans(answer)).all("span")
-    assert span["class"] == f"t {expected}" and f"difference {gap:+.2f}" in span["title"]
-
-
-def test_the_sign_is_not_told_by_colour_alone():
-    """Solid underline above zero, dotted below, on light and on dark pages; orange, and blue."""
-    style = report.token_style()
-    for name, line in (("p", "solid"), ("n", "dotted")):
-        rules = re.findall(rf"\.{name}\d{{background:rgb\((\d+), \d+, (\d+)\);border-bottom:2px (\w+)}}",
-                           style)
-        assert len(rules) == 8 and {found for *_, found in rules} == {line}
-        assert all((int(blue) > int(red)) == (name == "p") for red, blue, _ in rules)
-
-
 # ---------------------------------------------------------------------------- attention
 
 @pytest.mark.parametrize("cell", [0, 5, 8])
 def test_attention_stands_on_its_cell(tiny, cell, monkeypatch):
-    """All attention on one visual token of the second picture: that cell and no other is painted."""
+    """All attention on one visual token of the second picture: that cell alone is painted."""
     student, processor = tiny
     teacher = teaching.frozen_copy(student)
     cue_recovery.attach(student, every=2)
@@ -209,8 +166,8 @@ def test_attention_stands_on_its_cell(tiny, cell, monkeypatch):
         assert first.shape == (3, 4) and second.shape == (3, 3) and not first.any()
         assert int(second.argmax()) == cell and float(second.sum()) == 1
         row, column = divmod(cell, 3)
-        assert report.peak(second) == f"most at row {row + 1}, column {column + 1}: 100 %"
-        image, size = report.overlay(tiles[1], second, 1.0), tiles[1].width // 3
+        assert figures.peak(second) == f"most at row {row + 1}, column {column + 1}: 100 %"
+        image, size = figures.overlay(tiles[1], second, 1.0), tiles[1].width // 3
         for n in range(9):       # a corner of each cell: beside the number, inside the frame
             pixel = image.getpixel((n % 3 * size + size - 8, n // 3 * size + 8))
             assert (max(pixel) < 240) == (n == cell), (n, pixel)
@@ -234,11 +191,6 @@ def test_maps_before_training_are_those_of_the_run_s_own_start(asked, loaded):
     assert not torch.allclose(shown.flatten(), maps[8], atol=1e-3)
 
 
-def test_spread_counts_tokens():
-    assert report.spread([torch.full((3, 4), 1 / 12)]) == pytest.approx(12)
-    assert report.spread([torch.tensor([[0.0, 1.0]])]) == pytest.approx(1)
-
-
 def test_a_prompt_that_was_cut_is_refused():
     with pytest.raises(ValueError, match="11 visual tokens"):
         report.split(torch.zeros(11), [(3, 4)])
@@ -250,7 +202,8 @@ def test_the_page_stands_alone_and_is_accessible(asked):
     text = report.page(asked)
     page = Outline(text)
     assert len(text) < 5e6 and not re.search(r"https?://", text)
-    links = [attrs[key] for _, attrs in page.tags for key in ("src", "href", "xlink:href") if key in attrs]
+    links = [attrs[key] for _, attrs in page.tags
+             for key in ("src", "href", "xlink:href") if key in attrs]
     assert links and all(link.startswith(("data:image/", "#")) for link in links)
     assert not page.all("link") and len(page.all("script")) == 1
     assert text.count("<table") == text.count("<caption>") >= 5
@@ -268,7 +221,7 @@ def test_the_page_stands_alone_and_is_accessible(asked):
 
 
 def test_text_from_data_stays_text(asked):
-    """A question, a hint, a name or an answer may hold markup; the page must show it, not run it."""
+    """A question, a hint, a name or an answer may hold markup: the page shows it, never runs it."""
     run = copy.copy(asked)
     example = copy.copy(asked.examples[0])
     example.record = example.record | {"question": EVIL, "id": EVIL, "answer": EVIL}
@@ -282,6 +235,14 @@ def test_text_from_data_stays_text(asked):
     assert sum(EVIL in data for _, data in page.text) >= 8
 
 
+@pytest.mark.parametrize("accuracy, shown", [(0.5, "50.0"), (0.083, "8.3"), (1.0, "100.0")])
+def test_a_card_has_the_whole_interval(asked, accuracy, shown):
+    """The first five letters were cut off, which is right for two digits before the point only."""
+    run = copy.copy(asked)
+    run.before, run.result = {"base": {"accuracy": accuracy, "interval": [0.012, 1.0]}}, {}
+    assert f'<p class="big">{shown} %</p><p>[1.2, 100.0]</p>' in report.result_section(run)
+
+
 def test_hint_counts_by_epoch(asked):
     """20 records at 5 a step: steps 1-4, 5-8, 9-12, each with 1 row and 3 occurrences a step."""
     text = report.hints_section(asked)
@@ -292,13 +253,9 @@ def test_hint_counts_by_epoch(asked):
 
 
 def test_curves_keep_the_ends_and_leave_out_what_is_not_a_number(asked):
-    svg = report.chart("k", "Loss", [("loss", report.points(
-        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": None},
-         {"step": 4, "loss": 1.0}], "loss"), "a")])
-    assert "nan" not in svg and "loss from 2 at step 1 to 1 at step 4" in svg
-    assert "no values" in report.chart("k", "Loss", [("loss", [], "a")])
-    flat = report.chart("k", "Length", [("length", [(1, 0.0), (2, 0.0)], "a")])
-    assert flat.count("<polyline") == 2
+    values = {1: 2.0, 2: float("nan"), 3: None, 4: 1.0}
+    assert report.points([{"step": n, "loss": value} for n, value in values.items()],
+                         "loss") == [(1, 2.0), (4, 1.0)]
     accuracy = report.curves_section(asked)        # base at 0, then 4, 8, and the student's at 12
     assert re.findall(r'<th scope="row">(\d+)</th><td>([\d.]+)</td>', accuracy) == [
         ("0", "50.0"), ("4", "20.0"), ("8", "40.0"), ("12", "50.0")]
@@ -308,8 +265,8 @@ def test_the_command_gives_the_run_s_settings_again(monkeypatch):
     from data import toy
     monkeypatch.setattr(toy, "default", lambda: distill.HERE / "data" / "toy")
     for words in (["--steps", "7", "--no-cue-recovery", "--name", "a b"],
-                  ["--student", "some/model", "--data", "my/train.jsonl", "--gradient-checkpointing",
-                   "--name", "b", "--eval-data", "t.jsonl"]):
+                  ["--student", "some/model", "--data", "my/train.jsonl", "--eval-data", "t.jsonl",
+                   "--gradient-checkpointing", "--name", "b"]):
         config, _ = distill.read_config(words)
         command, helps = report.command_line(asdict(config))
         assert command.startswith("python distill.py ")
@@ -339,7 +296,8 @@ def test_a_killed_run_is_a_page_that_says_so(finished, tmp_path):
 
 
 def test_a_folder_with_settings_only_is_a_page(tmp_path):
-    checkpoint.write_json(tmp_path / "args.json", {"student": "/gone/model", "eval_data": "no.jsonl"})
+    checkpoint.write_json(tmp_path / "args.json",
+                          {"student": "/gone/model", "eval_data": "no.jsonl"})
     run = report.read_run(tmp_path)
     report.ask_models(run, 2)
     text = report.page(run)

@@ -32,8 +32,8 @@ MIXED = [*SMALL, "--data", "mixed.jsonl", "--teacher", "ema", "--eval-limit", "3
          "--eval-every", "2", "--keep", "1"]
 RUNS = {"mixed": MIXED,
         # rank 1 has no row at all
-        "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1", "--train", "cue",
-                "--gradient-checkpointing"],
+        "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1",
+                "--train", "cue", "--gradient-checkpointing"],
         "text": [*SMALL, "--data", "text.jsonl", "--steps", "1", "--samples-per-prompt", "2"]}
 
 
@@ -46,8 +46,8 @@ def worker() -> None:
         for name, arguments in RUNS.items():
             keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
         bfloat16_step()
-        # one process did the first step of this run; two do the second, in which one of them is asked
-        # to stop; in the third it dies
+        # one process did the first step of this run; two do the second, in which one of them is
+        # asked to stop; in the third it dies
         one_gets = lambda number: sharding.rank == 1 and os.kill(os.getpid(), number)   # noqa: E731
         distill.training_step = before_step(1, lambda: one_gets(signal.SIGTERM))
         with pytest.raises(SystemExit, match="130"):
@@ -68,7 +68,7 @@ def before_step(number: int, action):
 
 
 def keep_tokens(name: str, run) -> None:
-    """Run, and write what was sampled at each step, with the rows in order, to NAME.tokens.jsonl."""
+    """Run, and write what was sampled at each step, rows in order, to NAME.tokens.jsonl."""
     original, out = distill.sample_all, Path(f"{name}.tokens.jsonl")
 
     def sample_all(*arguments, **settings):
@@ -87,7 +87,7 @@ def keep_tokens(name: str, run) -> None:
 
 
 def bfloat16_step() -> None:
-    """One update in bf16; and how many bytes of weights each rank holds, before, in and after it."""
+    """One update in bf16; and how many bytes of weights each rank holds before, in and after it."""
     config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4)
     student, teacher, processor = distill.build_models(config)
     weights = distill.choose_weights(student, "all")
@@ -102,8 +102,8 @@ def bfloat16_step() -> None:
                   for p, master in zip(optimizer.parameters, optimizer.masters))
     tied = student.lm_head.weight is student.model.language_model.embed_tokens.weight
     found = sharding.gather({
-        "whole": whole, "of": sum(p.numel() * p.element_size() for _, p in weights), "shards": shards,
-        "skipped": metrics["skipped"], "tied": tied, "rounded": rounded,
+        "whole": whole, "of": sum(p.numel() * p.element_size() for _, p in weights),
+        "shards": shards, "skipped": metrics["skipped"], "tied": tied, "rounded": rounded,
         "masters": sorted({str(master.dtype) for master in optimizer.masters})})
     if sharding.is_main():
         checkpoint.write_json("bf16.json", found)
@@ -134,8 +134,8 @@ def launched(toy_folder, tmp_path_factory):
         os.chdir(here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve())], cwd=folder / "two", env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [sys.executable, str(Path(__file__).resolve())], cwd=folder / "two", env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         said, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
@@ -188,7 +188,8 @@ def weights(folder, name, which="checkpoint"):
 def same_change(start, one, two):
     """Two trained models differ by less than a hundredth of what training changed.
 
-    Not by rounding alone: AdamW's first steps are as long for a gradient of 1e-9, whose sign is noise.
+    Not by rounding alone: AdamW's first steps are as long for a gradient of 1e-9, whose sign is
+    noise.
     """
     moved = sum(float((one[n] - start[n]).square().sum()) for n in start) ** 0.5
     apart = sum(float((one[n] - two[n]).square().sum()) for n in one) ** 0.5
@@ -197,8 +198,8 @@ def same_change(start, one, two):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_the_metrics_of_one(launched, name):
-    """Uneven rows, a rank without rows, without a picture, or all without; every metric, gradient norm
-    included, which a mean over ranks in place of the sum would halve."""
+    """Uneven rows, a rank without rows, without a picture, or all without; every metric, gradient
+    norm included, which a mean over ranks in place of the sum would halve."""
     folder, _, _ = launched
     same_metrics(metrics(folder / "one", name), metrics(folder / "two", name))
 
@@ -212,15 +213,17 @@ def test_tokens_do_not_depend_on_the_number_of_processes(launched, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_checkpoint_is_that_of_one_process(launched, start, name):
-    """The same files, config and tensors, which model.load reads alone; and the training is the same."""
+    """The same files, config and tensors, which model.load reads alone; and the same training."""
     folder, _, _ = launched
     one, two = (folder / n / "runs" / name / "checkpoint" for n in ("one", "two"))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     assert (one / "config.json").read_text() == (two / "config.json").read_text()
     same_change(start, weights(folder / "one", name), weights(folder / "two", name))
     if name == "mixed":
-        same_change(start, *(weights(folder / n, name, "checkpoints/step-000002") for n in ("one", "two")))
-    before = [json.loads((folder / n / "runs" / name / "before.json").read_text()) for n in ("one", "two")]
+        same_change(start, *(weights(folder / n, name, "checkpoints/step-000002")
+                             for n in ("one", "two")))
+    before = [json.loads((folder / n / "runs" / name / "before.json").read_text())
+              for n in ("one", "two")]
     assert before[0] == before[1]
 
 
@@ -236,8 +239,8 @@ def test_each_rank_holds_its_part_and_bf16_has_float32_masters(launched):
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start, monkeypatch):
-    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3 one's.
-    A signal that reached one of the two stopped both, behind the same step."""
+    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3
+    one's. A signal that reached one of the two stopped both, behind the same step."""
     folder, said, code = launched
     assert code != 0
     assert re.search(r"rank 0 of 2 stops: another process is gone.*--resume", said), said[-3000:]
@@ -274,7 +277,8 @@ def test_alone_nothing_is_started_and_nothing_changes(tiny):
 
 @pytest.mark.parametrize("variables, message", [
     ({"WORLD_SIZE": "2"}, "torchrun"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "tpu")])
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     "tpu")])
 def test_a_half_set_environment_is_refused(monkeypatch, variables, message):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -285,14 +289,15 @@ def test_a_half_set_environment_is_refused(monkeypatch, variables, message):
 
 
 def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
-    """PITFALLS 14: three ranks; a picture here, a video there, a rank without rows: one sequence."""
+    """Three ranks; a picture here, a video there, a rank without rows: one sequence."""
     _, processor = loaded
     picture, text = ragged[0], ragged[1]
     kinds = [[{"picture"}, set()], [set(), set(), {"video"}], []]
     prompts = {0: [picture, text], 1: [text, text, text], 2: []}
     for rank, ours in prompts.items():
         monkeypatch.setattr(sharding, "world", 3)
-        monkeypatch.setattr(sharding, "gather", lambda mine, r=rank: [*kinds[:r], mine, *kinds[r + 1:]])
+        monkeypatch.setattr(sharding, "gather",
+                            lambda mine, r=rank: [*kinds[:r], mine, *kinds[r + 1:]])
         got = sharding.in_step([[row] for row in range(len(ours))], ours, processor)
         assert [rows for rows, _ in got] == [[row] if row < len(ours) else [] for row in range(3)]
         for i, (rows, blanks) in enumerate(got):

@@ -23,7 +23,8 @@ def mixed(records):
     text = {"images": [], "question": "What is behind the door?"}
     two = {"images": records[1]["images"] + records[5]["images"], "question": "Are they alike?"}
     video = {"images": [], "video": film(4), "fps": 2.0, "question": "What happens?"}
-    both = {"images": records[2]["images"], "video": film(3), "fps": 1.0, "question": "Is it there?"}
+    both = {"images": records[2]["images"], "video": film(3), "fps": 1.0,
+            "question": "Is it there?"}
     rest = {"answer": "2", "cue": "The picture shows a red circle at row 1 column 1."}
     return [{"id": str(n), **record, **rest}
             for n, record in enumerate([records[0], text, two, video, both, records[3]])]
@@ -45,8 +46,8 @@ def step(models, records, **changes):
     keep = KeepGradients(student)
     settings = config(**{"micro_batch_tokens": 500, "sample_batch": 4, "train": "language",
                          "temperature": 1.5, **changes})
-    metrics, answers = distill.training_step(student, teacher, processor, records, settings, 0, keep)
-    return metrics, answers, keep.kept
+    got = distill.training_step(student, teacher, processor, records, settings, 0, keep)
+    return *got, keep.kept
 
 
 def test_features_give_the_hidden_states_of_the_pixels(tiny, mixed):
