@@ -60,8 +60,8 @@ class RMSGain(nn.Module):
 
 
 # What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
-# the same formula as autograd's, because that would go over v several times in float32 for the norm,
-# and read it transposed for the products, which takes bf16 on a CPU ten times as long or more
+# the same formula as autograd's, which would go over v several times in float32 for the norm, and
+# read it transposed for the products: bf16 on a CPU then takes ten times as long, or more
 # (tests/benchmarks/README.md, "Module").
 
 class _InverseRMS(torch.autograd.Function):

@@ -96,10 +96,10 @@ def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> t
 
 
 def _add_product(total, slope, hidden) -> None:
-    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D), without a second (V, D) tensor.
+    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D); no second (V, D) tensor.
 
-    In bf16 the product is taken in bf16, three times as fast as in float32 even on a CPU, and added up
-    in float32. Few words at a time, since torch has no product of two types to add in place.
+    In bf16 the product is taken in bf16, three times as fast as in float32 even on a CPU, and added
+    up in float32. Few words at a time, since torch cannot add a product in another type in place.
     """
     hidden = hidden.to(slope.dtype)
     if total.dtype == slope.dtype:

@@ -370,8 +370,7 @@ def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: in
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers
     # with the rounded one waiting (a tied embedding adds its own at the end)
-    making = logits + (4 * head + 4 * chunk * m.V * bool(rounded) if head else 0)
-    return kept, max(kept + making, kept + (4 + rounded) * head, backward + b * head)
+    return kept, max(kept + logits + 4 * head, kept + (4 + rounded) * head, backward + b * head)
 
 
 # ---------------------------------------------------------------------------- what makes it fit

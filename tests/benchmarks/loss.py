@@ -110,7 +110,7 @@ def once(side, inputs):
 
 def check(names, inputs):
     expected = once(whole, inputs)
-    limit = 1e-4 if inputs[0].dtype == torch.float32 else 5e-2       # each rounds its logits to bf16
+    limit = 1e-4 if inputs[0].dtype == torch.float32 else 5e-2     # each rounds its logits to bf16
     for name in names:
         for found, right in zip(once(SIDES[name], inputs), expected):
             error = float((found - right).float().norm() / right.float().norm())

@@ -1,23 +1,25 @@
-"""benchmarks/rollout.py - how fast rollout.sample is beside the class's own generate. Run by hand.
+"""rollout.py - how fast rollout.sample is beside the class's own generate. Run by hand.
 
-The idea.  Two ways of sampling the same answers from the same prompts, in one process and in turns, so
-that other work on the machine hits both; a ratio a pair, and the median of the pairs.
+The idea.  Two ways of sampling the same answers from the same prompts, in one process and in turns,
+so that other work on the machine hits both; a ratio a pair, and the median of the pairs.
 
     ours       rollout.sample
-    generate   model.generate: same temperature, bans (suppress_tokens), stop ids and limit, its default
-               DynamicCache. It returns no log-probs, ours does.
-    plain      the loop that rollout.py once was: DynamicCache, a mask longer by one at every step, rows
-               leaving by a copy of the cache, a float64 sum over the vocabulary, no_grad
+    generate   model.generate: same temperature, bans (suppress_tokens), stop ids and limit, its
+               default DynamicCache. It returns no log-probs, ours does.
+    plain      the loop that rollout.py once was: DynamicCache, a mask longer by one at every step,
+               rows leaving by a copy of the cache, a float64 sum over the vocabulary, no_grad
 
-How both stop at the same steps, though they draw different tokens: hooks on the model's rotary embedding
-and on lm_head see every row's position, and make the stop token certain at one position, the same for
-all rows, and impossible before. So a row whose prompt is n tokens shorter answers n tokens longer.
-`even`: all prompts of one length, all answers of about T tokens. `ragged`: answers spread evenly from T / 8 to T.
-`toy` has no such hooks: greedy, the tiny checkpoint's own stops, and the tokens are compared.
+How both stop at the same steps, though they draw different tokens: hooks on the model's rotary
+embedding and on lm_head see every row's position, and make the stop token certain at one position,
+the same for all rows, and impossible before. So a row whose prompt is n tokens shorter answers n
+tokens longer. `even`: all prompts of one length, all answers of about T tokens. `ragged`: answers
+spread evenly from T / 8 to T. `toy` has no such hooks: greedy, the tiny checkpoint's own stops, and
+the tokens are compared.
 
 Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
-On a CPU with one thread the ratios are of CPU seconds, which other people's work disturbs least; wall
-ratios stand beside them. On a GPU everything is wall time between synchronisations, and peak memory.
+On a CPU with one thread the ratios are of CPU seconds, which other people's work disturbs least;
+wall ratios stand beside them. On a GPU everything is wall time between synchronisations, and peak
+memory.
 """
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ QUICK = [("toy, 48 rows", "tiny", "eager", 48, 0, 96, "own", 1, 3),
 # ---------------------------------------------------------------------------- models and prompts
 
 def load(name: str, attention: str):
-    """The shipped checkpoint, or 0.3 B random parameters with the real vocabulary; and the processor."""
+    """The shipped checkpoint, or 0.3 B random weights with the real vocabulary; and the processor."""
     model, processor = qwen.load(qwen.TINY, device=DEVICE, attention=attention)
     if name == "tiny":
         return model, processor
@@ -84,8 +86,8 @@ def load(name: str, attention: str):
 
 
 def make_prompts(processor, count: int, longest: int, shorter: list[int]) -> list[qwen.Prompt]:
-    """Toy prompts with a picture each. longest > 0: filled with random words to `longest` tokens, row i
-    to shorter[i] tokens less; the fill stands before the picture."""
+    """Toy prompts with a picture each. longest > 0: filled with random words to `longest` tokens,
+    row i to shorter[i] tokens less; the fill stands before the picture."""
     rng, prompts = random.Random(5), []
     for row in range(count):
         scene = toy.make_scene(rng, "test")
@@ -94,7 +96,7 @@ def make_prompts(processor, count: int, longest: int, shorter: list[int]) -> lis
         if longest:
             fill = longest - shorter[row] - len(prompt.ids)
             if fill < 0:
-                raise ValueError(f"a prompt of {len(prompt.ids)} tokens cannot be made {fill} longer")
+                raise ValueError(f"a prompt of {len(prompt.ids)} tokens is too long by {-fill}")
             prompt.ids = [rng.randrange(100, 400) for _ in range(fill)] + prompt.ids
         prompts.append(prompt)
     return prompts
@@ -119,7 +121,8 @@ def stop_at(model, position: int, stop_id: int):
         logits[:, -1, stop_id] = torch.where(now["next"] >= position, 1e4, -1e4).to(logits.dtype)
         return logits
 
-    hooks = [model.model.language_model.rotary_emb.register_forward_pre_hook(look, with_kwargs=True),
+    rotary = model.model.language_model.rotary_emb
+    hooks = [rotary.register_forward_pre_hook(look, with_kwargs=True),
              model.lm_head.register_forward_hook(decide)]
     try:
         yield
@@ -138,8 +141,9 @@ def ours(model, batch, T, K, temperature, sampling):
 
 def generate(model, batch, T, K, temperature, sampling):
     batch = {k: v for k, v in batch.items() if k != "position_ids"}         # it makes its own
-    choice = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(
-        do_sample=False, temperature=None, top_k=None, top_p=None)
+    choice = dict(do_sample=False, temperature=None, top_k=None, top_p=None)
+    if temperature:
+        choice = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     ids = model.generate(**batch, **choice, max_new_tokens=T, num_return_sequences=K,
                          suppress_tokens=list(sampling["banned_ids"]),
                          eos_token_id=sorted(sampling["stop_ids"]), pad_token_id=sampling["pad_id"])
@@ -151,7 +155,8 @@ def generate(model, batch, T, K, temperature, sampling):
 
 @torch.no_grad()
 def plain(model, batch, T, K, temperature, sampling):
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    accepted = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in accepted else "past_key_values"
     batch = repeated(batch, K)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     generator, positions = torch.Generator().manual_seed(0), rope_positions(model, batch)
@@ -168,8 +173,9 @@ def plain(model, batch, T, K, temperature, sampling):
         logprobs = (logits / (temperature or 1)).log_softmax(-1)
         if temperature:
             cdf = logprobs.double().exp().cumsum(-1)
-            uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(ids.device)[running]
-            tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+            uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(ids.device)
+            target = (uniform[running] * cdf[:, -1])[:, None]
+            tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
         else:
             tokens = logits.argmax(-1)
         out[running, t] = tokens
@@ -183,8 +189,8 @@ def plain(model, batch, T, K, temperature, sampling):
         if len(running) == 0 or t + 1 == T:
             break
         mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-        output = model(input_ids=tokens[:, None], attention_mask=mask, use_cache=True, **{name: cache},
-                       position_ids=(after[running] + t)[None, :, None].expand(3, -1, -1))
+        output = model(input_ids=tokens[:, None], attention_mask=mask, use_cache=True,
+                       position_ids=(after[running] + t).expand(3, -1)[..., None], **{name: cache})
     return out[:, :int(lengths.max())], lengths
 
 
@@ -255,9 +261,10 @@ def run_case(case, model, processor) -> dict:
 def report(name, runs, first, lengths) -> dict:
     clock = "cpu" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall"
     median = statistics.median
+    seconds = median(r["ours"]["wall"] for r in runs)
     result = {"rows": len(lengths), "mean_length": round(statistics.mean(lengths), 1),
-              "max_length": max(lengths), "seconds": round(median(r["ours"]["wall"] for r in runs), 3),
-              "tokens_per_second": round(sum(lengths) / median(r["ours"]["wall"] for r in runs)),
+              "max_length": max(lengths), "seconds": round(seconds, 3),
+              "tokens_per_second": round(sum(lengths) / seconds),
               "prefill_share": round(median(f["ours"][clock] / r["ours"][clock]
                                             for r, f in zip(runs, first)), 2)}
     for way in ("generate", "plain"):
@@ -272,8 +279,9 @@ def report(name, runs, first, lengths) -> dict:
         result["peak_mib"] = {way: round(max(r[way]["peak"] for r in runs)) for way in WAYS}
     line = (f"{name:32} {result['tokens_per_second']:6} {result['prefill_share']:5.0%}   "
             f"generate {result[f'generate_{clock}']:5.2f} [{spread[0]:.2f}, {spread[-1]:.2f}]  "
-            f"decoding only {result['generate_decoding']:5.2f}  wall {result['generate_wall']:5.2f}   "
-            f"plain {result[f'plain_{clock}']:5.2f}  decoding only {result['plain_decoding']:5.2f}")
+            f"decoding only {result['generate_decoding']:5.2f}  wall {result['generate_wall']:5.2f}"
+            f"   plain {result[f'plain_{clock}']:5.2f}  decoding only "
+            f"{result['plain_decoding']:5.2f}")
     print(line + (f"   peak MiB {result['peak_mib']}" if DEVICE == "cuda" else ""), flush=True)
     return result
 
@@ -282,14 +290,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few small cases, under a minute")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--pairs", type=int, default=0, help="turns a case, in place of its own number")
+    parser.add_argument("--pairs", type=int, default=0, help="turns a case (default: its own)")
     args = parser.parse_args()
     qwen.quiet()
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     clock = "CPU seconds" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall seconds"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; time of the other / ours in {clock}: above 1 ours is faster\n"
-          f"{'prompts x tokens':32} {'tok/s':>6} prefill")
+          f"{transformers.__version__}; time of the other / ours in {clock}: above 1 ours is faster"
+          f"\n{'prompts x tokens':32} {'tok/s':>6} prefill")
     results, loaded = {}, {}
     for case in QUICK if args.quick else FULL:
         if args.only not in case[0]:
