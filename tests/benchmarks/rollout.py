@@ -69,7 +69,7 @@ QUICK = [("toy, 48 rows", "tiny", "eager", 48, 0, 96, "own", 1, 3),
 # ---------------------------------------------------------------------------- models and prompts
 
 def load(name: str, attention: str):
-    """The shipped checkpoint, or 0.3 B random weights with the real vocabulary; and the processor."""
+    """The shipped checkpoint, or 0.3 B random weights, the real vocabulary; and the processor."""
     model, processor = qwen.load(qwen.TINY, device=DEVICE, attention=attention)
     if name == "tiny":
         return model, processor
