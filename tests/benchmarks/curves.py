@@ -21,17 +21,7 @@ that warms up; each round makes a step of every point, so that a drift hits all 
 Memory: peak above what is there when a step begins (weights, teacher, moments), in a fresh process
 a point; blocks go back to the system at once (memory.py). All gradients are in it: a floor.
 
-Expected, written before the first sweep was run (whole sweep / last doubling)
-  batch       time 0.9 / 1: linear, but 2 rows are sampled in the time of 8. Memory 0 at fixed
-              budgets, toward 1 unsplit.
-  response    time 0.8 / 1.1: the prompt is a constant, then attention to an ever longer context
-              shows. Memory toward 1 from below.
-  visual      time 0.8 / 1.4: the tower's attention is quadratic. Memory toward 1: the kernel keeps
-              no table of all pairs.
-  vocabulary  time affine, 0.4 / 0.7: head products, loss and drawing grow, the rest does not.
-              Memory affine, toward 1: the head's gradient and two (chunk, V) tensors.
-  update      flat, but for the vocabulary's weights.
-What was found is in README.md. Left out: two things at a time, other losses, --train cue.
+What was expected, and what was found: README.md. Left out: two things at a time, --train cue.
 Last line: one JSON object; draw() makes the picture from it.
 """
 from __future__ import annotations
@@ -100,8 +90,8 @@ def records(point: dict) -> list[dict]:
     """Pictures of noise that make exactly so many visual tokens, each 32 x 32 pixels."""
     height = 2 ** ((point["visual"].bit_length() - 1) // 2)
     size = (32 * (point["visual"] // height), 32 * height)
-    return [r | {"images": [r["images"][0].resize(size)]}
-            for r in memory.records(point["batch"], 32)]
+    data = memory.records(point["batch"], 32)
+    return [r | {"images": [r["images"][0].resize(size)]} for r in data]
 
 
 def settings(point: dict, processor, data: list[dict], rows: int = ROWS) -> distill.Config:
@@ -228,8 +218,7 @@ def table(result: dict) -> list[tuple]:
 # ---------------------------------------------------------------------------- picture
 
 COLOURS = {"total": "#111111", "sample": "#1f6fb4", "teacher": "#c65a00", "student": "#1a8a4a",
-           "loss": "#8a3fa8", "update": "#8a8a8a", "score": "#111111",
-           "unsplit": "#c02a4a"}
+           "loss": "#8a3fa8", "update": "#8a8a8a", "score": "#111111", "unsplit": "#c02a4a"}
 SCALE, WIDTH, HEIGHT = 4, 305, 255         # drawn at 4, kept at 2: pillow's lines have rough edges
 LEFT, TOP, RIGHT, BOTTOM = 44, 34, 88, 42  # of a panel: room for numbers, heading, labels, units
 
@@ -242,10 +231,6 @@ def spread(places: list[float], gap: float, bottom: float) -> list[float]:
     for n in reversed(order):
         out[n], bottom = min(out[n], bottom), min(out[n], bottom) - gap
     return out
-
-
-def short(x: float) -> str:
-    return f"{x / 1000:.3g}k" if x >= 4096 else f"{x:g}"
 
 
 def panel(pen, corner, unit: str, lines: dict, low: float, high: float) -> None:
@@ -270,7 +255,8 @@ def panel(pen, corner, unit: str, lines: dict, low: float, high: float) -> None:
                 pen.text((SCALE * (left - 5), at(xs[0], y)[1]), number, "#444444", font(11), "rm")
     for x in xs:
         pen.line([at(x, low), at(x, high)], "#eeeeee", SCALE // 2)
-        pen.text((at(x, low)[0], SCALE * (bottom + 5)), short(x), "#444444", font(11), "mt")
+        number = f"{x / 1000:.3g}k" if x >= 4096 else f"{x:g}"
+        pen.text((at(x, low)[0], SCALE * (bottom + 5)), number, "#444444", font(11), "mt")
     pen.text((SCALE * (left + right) / 2, SCALE * (bottom + 22)), unit, "#111111", font(12), "mt")
     first = next(iter(lines.values()))[1][0]
     reach = min(xs[-1] / xs[0], high / first)            # slope 1, until it leaves the panel
@@ -347,9 +333,9 @@ def main() -> None:
                                for name, xy in curves(result, axis, kind).items()}
                         for axis in sweeps}
     steps.markdown("One step; exponents: whole sweep / last doubling", table(result))
+    print(json.dumps(result))
     if args.picture:
         draw(result, args.picture)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":
