@@ -320,7 +320,7 @@ def main() -> None:
     points += [p for axis in sweeps for x in sweeps[axis] if (p := base | {axis: x}) != base]
     held = [peaks_of(point) for point in points]
     for point, found in zip(points, held):
-        if point == base | {"batch": point["batch"]}:
+        if point == base | {"batch": point["batch"]} and not args.quick:
             found["unsplit"] = peaks_of(point, point["batch"])["peak"]
     pairs.keep_pages()          # for the times: fresh pages cost more than much of the arithmetic
     spent = times(points, args.rounds or (1 if args.quick else 3))
