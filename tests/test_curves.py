@@ -1,4 +1,4 @@
-"""benchmarks/curves.py without measuring: exponents of known curves, and the picture of made-up ones."""
+"""benchmarks/curves.py without measuring: exponents of known curves, a picture of made-up ones."""
 import doctest
 import sys
 
@@ -36,7 +36,7 @@ def test_exponents(bench):
     result = made_up(bench)
     for axis, expected in {"batch": 2, "response": 1, "visual": 1, "vocabulary": 1}.items():
         lines = bench.curves(result, axis, "seconds")
-        assert lines["total"][0] == bench.SWEEPS[axis]           # the base is a point of every sweep
+        assert lines["total"][0] == bench.SWEEPS[axis]         # the base is a point of every sweep
         assert bench.slopes(*lines["total"]) == pytest.approx((expected, expected))
     assert len(bench.table(result)) == 1 + sum(len(xs) + 1 for xs in bench.SWEEPS.values())
 

@@ -57,7 +57,8 @@ FULL = [("toy, 48 rows", "tiny", "eager", 48, 0, 96, "own", 1, 7),
           for rows in (8, 32) for longest, kind in ((128, "even"), (1000, "ragged"))),
         ("mid 8 x 72, even", "mid", "sdpa", 8, 72, 16, "even", 1, 3),
         ("mid 8 x 72, ragged", "mid", "sdpa", 8, 72, 16, "ragged", 1, 3),
-        ("mid 8 x 72 + 64, ragged", "mid", "sdpa", 8, 72, 64, "ragged", 1, 1),
+        *((f"mid 8 x 128 + 64, {kind}", "mid", "sdpa", 8, 128, 64, kind, 1, 1)
+          for kind in ("even", "ragged")),
         ("mid 2 x 4 samples x 72, even", "mid", "sdpa", 2, 72, 16, "even", 4, 3)]
 QUICK = [("toy, 48 rows", "tiny", "eager", 48, 0, 96, "own", 1, 3),
          ("8 x 128, even", "tiny", "sdpa", 8, 128, 64, "even", 1, 3),
