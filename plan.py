@@ -352,13 +352,17 @@ def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float,
     patches, pixels, features = run.picture(m, most)
     read = min(max(1, run.sample_batch // K), prompts)    # prompts; each is read once, for K rows
     token = 2 * m.layers * m.K * b                    # keys and values
-    # the cache has room for the next ROOM tokens; when it is full, it is copied a layer at a time
-    cache = read * K * (P + ROOM * max(1, -(-(run.max_new_tokens - 1) // ROOM))) * token
-    see = read * (patches * (block_works(m, b, patches, run.attention) + b * m.pixels) + pixels)
-    prefill = read * (P * (layer_works(m, b, P, run.attention, True) + token)
-                      + (features if run.reads_once() else pixels))
+    # the cache has room for the next ROOM tokens; when it is full, it is copied a layer at a time.
+    # where prompts wait, it may have ROOM blank columns
+    rooms = max(1, -(-(run.max_new_tokens - 1) // ROOM)) + (prompts > read)
+    cache = read * K * (P + ROOM * rooms) * token
+    see = patches * (block_works(m, b, patches, run.attention) + b * m.pixels) + pixels
+    prefill = (P * (layer_works(m, b, P, run.attention, True) + token)
+               + (features if run.reads_once() else pixels))
     decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits, their distribution
-    return cache, max(see, prefill, decode)
+    # they are read an eighth of the places at a time, beside the cache of the rest
+    later = max(1, read // 8) if prompts > read else 0
+    return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 
 def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: int):

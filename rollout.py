@@ -2,8 +2,8 @@
 
 The idea.  On-policy distillation trains on what the student itself says. `sample` reads a batch of
 left-padded prompts once (prefill), keeps the key/value cache, and then draws one token a row until
-the row emits a stop id or the limit is reached. Rows that have stopped leave the batch. Several
-samples of one prompt share its prefill.
+the row emits a stop id or the limit is reached. Rows that have stopped leave the batch, and prompts
+that wait take their places. Several samples of one prompt share its prefill.
 
     prompts (B, L), left-padded          responses (B, T), right-padded
       . . a b c d   ->                     x y z <stop>
@@ -30,6 +30,7 @@ Choices a reader may wonder about:
 4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
    transformers' copies all it holds to append one; and a row that stops gives its place to the last
    running row, so that one row is copied instead of all. Measured in tests/benchmarks/README.md.
+   When further prompts join, all is copied once; columns at which no row looks any more are dropped.
 5) Decoding runs in inference mode, which saves bookkeeping at every operation. The prefill does
    not, so that what a hook or a sharded model keeps from it are ordinary tensors.
 6) Every step calls the whole model, not its decoder or its layers: hooks, adapters and sharding see
@@ -71,25 +72,40 @@ class Rollout:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
+@dataclass
+class Running:
+    """The R rows that have not stopped yet. Each field is (R,), the last (R, V)."""
+    at: torch.Tensor           # the row's place in the result
+    drawn: torch.Tensor        # how many tokens it has said
+    read: torch.Tensor         # tokens of its prompt, without padding
+    position: torch.Tensor     # rotary position of its first response token
+    logits: torch.Tensor       # of its next token
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, which):
+        return Running(*(field[which] for field in vars(self).values()))
+
+
 @torch.no_grad()
 def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
-           stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, generator=None,
-           uniforms=None) -> Rollout:
+           stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, more=(),
+           generator=None, uniforms=None) -> Rollout:
     """Sample responses to every prompt of `batch`; see the header for what and why.
 
     temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted
     once from every id already generated; repetition_penalty divides positive and multiplies
     negative logits of them. samples_per_prompt K: row b K + k of the result is sample k of prompt
-    b, and the prompt is read once for all K. uniforms (B K, max_new_tokens) in [0, 1): the numbers
-    to draw with, in place of the generator's; a caller that cuts one batch into parts hands each
-    part its rows, and the cut changes no token. The model is put in eval mode, and back.
+    b, and the prompt is read once for all K.
+    more: an iterable of further batches, whose rows follow in the result. Each is read as soon as
+    rows that stopped have left room for it: never more run at a time than `batch` has.
+    uniforms (rows of the result, max_new_tokens) in [0, 1): the numbers to draw with, in place of
+    the generator's. Then no token depends on how the prompts are cut into batches.
+    The model is put in eval mode, and back.
     """
-    ids, mask, K = batch["input_ids"], batch["attention_mask"], samples_per_prompt
-    _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K)
-    device, rows, L = ids.device, K * ids.shape[0], ids.shape[1]
-    positions = rope_positions(model, batch)                                        # (3, B, L)
-    position = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1      # (B,), the next
+    device, K = batch["input_ids"].device, samples_per_prompt
     cache_name = "cache" if "cache" in inspect.signature(
         type(model).forward).parameters else "past_key_values"    # renamed in transformers 5.24
     stop = torch.tensor(sorted(stop_ids), device=device)
@@ -97,60 +113,96 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     uniforms = None if uniforms is None else uniforms.to(device)
     penalised = presence_penalty != 0 or repetition_penalty != 1
 
-    out_ids = torch.full((rows, max_new_tokens), pad_id, device=device)
-    out_logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    lengths = torch.full((rows,), max_new_tokens, device=device)  # until a row stops by itself
-    stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-    running = torch.arange(rows, device=device)                  # rows of the result still in play
+    places = K * len(batch["input_ids"])                         # rows that may run at a time
+    out = rows = cache = mask = None
+    more = iter(more)
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     model.eval()
     try:
-        # 1) prefill: read every prompt once, and make K rows of it
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                       logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
-        cache = _with_room(getattr(output, cache_name), K)
-        position, mask, last = (x.repeat_interleave(K, dim=0)
-                                for x in (position, mask, output.logits[:, -1]))
-        mask = _decode_mask(model, mask, max_new_tokens)
-        with torch.inference_mode():
-            for t in range(max_new_tokens):
+        while batch is not None or rows:
+            # 1) prefill: read the next prompts as soon as there is room for K rows of each
+            if batch is not None and (not rows or isinstance(cache, KVCache)
+                                      and len(rows) + K * len(batch["input_ids"]) <= places):
+                _check(batch["attention_mask"], max_new_tokens, temperature, top_p, top_k,
+                       repetition_penalty, K)
+                found, new = _prefill(model, batch, K, cache_name)
+                new.at += len(out.ids) if out else 0
+                cache = _joined(cache, found, K, len(rows or ()))
+                columns = max(columns if rows else 0, batch["input_ids"].shape[1])
+                rows = _and(rows, new)
+                out = _and(out, _unwritten(len(new), max_new_tokens, pad_id, device))
+                mask = _decode_mask(model, rows.read + rows.drawn, columns, max_new_tokens)
+                batch = next(more, None)
+                continue
+            with torch.inference_mode():
                 # 2) the distribution of the next token
                 # a copy: penalties and bans are written in place, and these are the model's own
-                logits = last.to(torch.float32, copy=True)                          # (R, V)
+                logits, t = rows.logits.to(torch.float32, copy=True), rows.drawn    # (R, V), (R,)
                 if penalised:
-                    _penalise(logits, out_ids[running, :t], presence_penalty, repetition_penalty)
+                    _penalise(logits, out.ids[rows.at], t, presence_penalty, repetition_penalty)
                 if len(banned):
                     logits[:, banned] = float("-inf")
-                # 3) draw, on every row of the batch so that finished neighbours change nothing
+                # 3) draw, on every row so far, so that finished neighbours change nothing
                 uniform = None
                 if temperature > 0:
-                    uniform = uniforms[:, t] if uniforms is not None else torch.rand(
-                        rows, generator=generator, dtype=torch.float64).to(device)
-                    uniform = uniform[running]
+                    uniform = uniforms[rows.at, t] if uniforms is not None else torch.rand(
+                        len(out.ids), generator=generator, dtype=torch.float64).to(device)[rows.at]
                 tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
-                out_ids[running, t], out_logprobs[running, t] = tokens, logprobs
+                out.ids[rows.at, t], out.logprobs[rows.at, t] = tokens, logprobs
+                rows.drawn = t + 1
                 # 4) rows that stopped leave the batch
-                done = (tokens[:, None] == stop).any(dim=1)
+                stopped = (tokens[:, None] == stop).any(dim=1)
+                done = stopped | (rows.drawn == max_new_tokens)
                 if bool(done.any()):
-                    stopped[running[done]] = True
-                    lengths[running[done]] = t + 1
+                    out.stopped[rows.at], out.lengths[rows.at] = stopped, rows.drawn
                     keep = _close_gaps(done)
-                    running, tokens, position = running[keep], tokens[keep], position[keep]
+                    rows, tokens = rows[keep], tokens[keep]
                     mask = None if mask is None else mask[keep]
-                    if len(running):
-                        cache.batch_select_indices(keep)
-                if len(running) == 0 or t + 1 == max_new_tokens:
-                    break
+                    if not rows:
+                        continue
+                    cache.batch_select_indices(keep)
+                    blank = columns + 1 - int((rows.read + rows.drawn).max())
+                    if blank >= KVCache.ROOM and isinstance(cache, KVCache):
+                        cache.drop(blank, len(rows))       # columns at which nobody looks any more
+                        columns, mask = columns - blank, mask[..., blank:]
                 # 5) one forward step on the cache
+                columns += 1
                 step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
-                        "attention_mask": None if mask is None else mask[..., :L + t + 1],
-                        "position_ids": (position + t).expand(3, -1)[..., None]}       # (3, R, 1)
-                last = model(**step).logits[:, -1]
+                        "attention_mask": None if mask is None else mask[..., :columns],
+                        "position_ids": (rows.position + rows.drawn - 1).expand(3, -1)[..., None]}
+                rows.logits = model(**step).logits[:, -1]
     finally:
         for module, training in modes:
             module.training = training
-    T = int(lengths.max())
-    return Rollout(out_ids[:, :T], lengths, stopped, out_logprobs[:, :T])
+    T = int(out.lengths.max())
+    return Rollout(out.ids[:, :T], out.lengths, out.stopped, out.logprobs[:, :T])
+
+
+def _prefill(model, batch, K: int, cache_name: str):
+    """Read B prompts: the model's cache of them, and the B K rows that go on from there."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = rope_positions(model, batch)                                        # (3, B, L)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                   logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
+    after = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1          # (B,)
+    rows = K * len(ids)
+    return getattr(output, cache_name), Running(
+        torch.arange(rows, device=ids.device), torch.zeros_like(after).repeat_interleave(K),
+        *(x.repeat_interleave(K, dim=0) for x in (mask.sum(dim=1), after, output.logits[:, -1])))
+
+
+def _unwritten(rows: int, T: int, pad_id: int, device) -> Rollout:
+    return Rollout(torch.full((rows, T), pad_id, device=device),
+                   torch.zeros(rows, dtype=torch.long, device=device),
+                   torch.zeros(rows, dtype=torch.bool, device=device),
+                   torch.zeros(rows, T, device=device))
+
+
+def _and(some, others):
+    """The rows of two Rollouts, or of two Runnings, in one."""
+    if some is None:
+        return others
+    return type(some)(*map(torch.cat, zip(vars(some).values(), vars(others).values())))
 
 
 def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K) -> None:
@@ -162,19 +214,23 @@ def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, 
             and repetition_penalty > 0):
         raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}, "
                          f"repetition_penalty {repetition_penalty}: out of range")
-    if not bool(mask[:, -1].all()):
-        raise ValueError("prompts must be left-padded: the last column has padding in it")
+    if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
+        raise ValueError("prompts must be left-padded: there is padding behind a token")
 
 
 # ---------------------------------------------------------------------------- the next token
 
-def _penalise(logits, generated, presence, repetition) -> None:
-    """In place. logits (R, V), generated (R, t): ids this row has produced so far."""
-    if generated.shape[1] == 0:
+def _penalise(logits, ids, drawn, presence, repetition) -> None:
+    """In place. logits (R, V), ids (R, T), of which the first drawn (R,) have been said."""
+    if int(drawn.max()) == 0:
         return
-    seen = logits.gather(1, generated)
-    seen = torch.where(seen > 0, seen / repetition, seen * repetition) - presence
-    logits.scatter_(1, generated, seen)      # an id seen twice is written twice with the same value
+    # what a row has not said yet is its last word again, and an id that occurs twice is written
+    # twice with the same value
+    place = torch.arange(int(drawn.max()), device=ids.device).minimum((drawn - 1)[:, None])
+    said = ids.gather(1, place.clamp(min=0))
+    before = logits.gather(1, said)
+    after = torch.where(before > 0, before / repetition, before * repetition) - presence
+    logits.scatter_(1, said, torch.where(drawn[:, None] > 0, after, before))
 
 
 def _draw(logits, uniform, temperature, top_p, top_k):
@@ -225,19 +281,32 @@ class KVCache:
     """Keys and values of the running rows, with room for what comes: what the model calls a cache.
 
     A buffer a layer, (2, rows, heads, capacity, d), first the keys and then the values. It grows by
-    ROOM tokens at a time, and then takes along only the rows that are still running. Made of the
-    layers of the DynamicCache that the prefill returned, each row of it K times; these are emptied.
-    The model asks a cache for nothing but update() and the three sizes.
+    ROOM tokens at a time, and then takes along only the rows that are still running. All rows end in
+    the same column: a prompt that joins longer answers has blank columns before it, which the mask
+    hides. The model asks a cache for nothing but update() and the three sizes.
     """
     ROOM = 128
 
-    def __init__(self, layers, K: int):
-        self.buffers, self.lengths = [], []
-        for layer in layers:
+    def __init__(self, layers: int):
+        self.buffers, self.lengths = [None] * layers, [0] * layers
+
+    def join(self, layers, K: int, R: int) -> None:
+        """Put a prefill's layers, each row K times, behind our R rows; the layers are emptied."""
+        for i, layer in enumerate(layers):
             both = torch.stack([layer.keys, layer.values]).repeat_interleave(K, dim=1)
-            self.lengths.append(both.shape[3])
-            self.buffers.append(self._grown(both))
             layer.keys = layer.values = None        # or the prompt would be held twice
+            if R:
+                parts = self.buffers[i][:, :R, :, :self.lengths[i]], both
+                wide = max(part.shape[3] for part in parts)
+                both = torch.cat([torch.nn.functional.pad(part, (0, 0, wide - part.shape[3], 0))
+                                  for part in parts], dim=1)
+            self.lengths[i], self.buffers[i] = both.shape[3], self._grown(both)
+
+    def drop(self, columns: int, R: int) -> None:
+        """Leave out so many columns at the beginning; R rows are kept."""
+        for i, n in enumerate(self.lengths):
+            self.buffers[i] = self._grown(self.buffers[i][:, :R, :, columns:n])
+            self.lengths[i] = n - columns
 
     def _grown(self, buffer):
         return torch.nn.functional.pad(buffer, (0, 0, 0, self.ROOM))
@@ -266,14 +335,19 @@ class KVCache:
         return self.lengths[layer] + query_length, 0
 
 
-def _with_room(cache, K: int):
-    """The prefill's cache as a KVCache of K rows a prompt. One of another kind is used as it is."""
-    layers = getattr(cache, "layers", [])
+def _joined(cache, found, K: int, R: int):
+    """The cache that a prefill `found`, each row K times, behind the R rows that run on `cache`.
+
+    One of another kind than the usual is used as it is; then no rows run.
+    """
+    layers = getattr(found, "layers", [])
     if layers and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
-        return KVCache(layers, K)
+        cache = cache if R else KVCache(len(layers))
+        cache.join(layers, K, R)
+        return cache
     if K > 1:
-        cache.batch_repeat_interleave(K)
-    return cache
+        found.batch_repeat_interleave(K)
+    return found
 
 
 def _close_gaps(done):
@@ -288,25 +362,25 @@ def _close_gaps(done):
     return keep
 
 
-def _decode_mask(model, mask, room: int):
-    """The mask of all decoding steps, made once: step t looks at the first L + t + 1 columns of it.
+def _decode_mask(model, seen, columns: int, room: int):
+    """The mask of the next `room` steps, made once: each looks at one more column of it.
 
-    mask (R, L), 1 at tokens. The result (R, 1, 1, L + room) is what the attention adds up or
-    selects by, so it goes through the model untouched, where a plain one is prepared anew every
-    step. None when nothing is padded: then attention has its fastest kernels.
+    seen (R,): how many of the cache's columns, its last ones, are a row's own tokens. The result
+    (R, 1, 1, columns + room) is what the attention adds up or selects by, so it goes through the
+    model untouched, where a plain one is prepared anew every step. None when nothing is padded:
+    then attention has its fastest kernels.
     """
-    config = getattr(model, "config", None)
-    attention = getattr(config, "_attn_implementation", None)
-    mask = torch.nn.functional.pad(mask, (0, room), value=1)
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    mask = torch.arange(columns + room, device=seen.device) >= columns - seen[:, None]
     if attention not in ("sdpa", "eager"):
-        return mask                                 # flash attention wants the plain one
+        return mask.long()                          # flash attention wants the plain one
     if bool(mask.all()):
         return None
-    seen = mask.bool()[:, None, None]
+    mask = mask[:, None, None]
     if attention == "sdpa":
-        return seen
-    return torch.zeros(seen.shape, dtype=model.dtype, device=mask.device).masked_fill(
-        ~seen, torch.finfo(model.dtype).min)
+        return mask
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(model.dtype).min)
 
 
 # ---------------------------------------------------------------------------- positions

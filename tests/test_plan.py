@@ -79,7 +79,7 @@ def test_cache_is_that_of_the_sampler(loaded, records):
     batch = processor.batch([processor.prompt(records[0])] * 2)
     with torch.no_grad():
         output = model(**batch, use_cache=True)
-    cache = rollout._with_room(getattr(output, "cache", None) or output.past_key_values, 2)
+    cache = rollout._joined(None, getattr(output, "cache", None) or output.past_key_values, 2, 0)
     made = plan.plan(run_of(max_prompt_tokens=batch["input_ids"].shape[1], samples_per_prompt=2,
                             batch_size=2), TINY)
     assert made.parts["key/value cache"] == size_of(cache.buffers)
@@ -156,7 +156,8 @@ def test_eight_gpus_hold_an_eighth_each():
     one, eight = (plan.plan(plan.Run(gpus=n), B2, B8) for n in (1, 8))
     for part in ("student's weights", "teacher's weights", "gradients", "optimizer"):
         assert eight.parts[part] == one.parts[part] / 8
-    assert eight.parts["key/value cache"] == one.parts["key/value cache"] / 2      # 16 rows, not 32
+    # 16 rows, not 32, and no prompts that wait for a place
+    assert eight.parts["key/value cache"] == pytest.approx(one.parts["key/value cache"] / 2, rel=0.03)
     assert eight.peaks["sample"] > one.parts["student's weights"]                  # a whole copy
 
 

@@ -122,8 +122,8 @@ def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, pad
     mask: additive, boolean, left out because nothing is padded, and prepared anew by the model."""
     model = copy.deepcopy(wild)
     if attention == "plain mask":
-        monkeypatch.setattr(rollout, "_decode_mask", lambda model, mask, room:
-                            torch.nn.functional.pad(mask, (0, room), value=1))
+        monkeypatch.setattr(rollout, "_decode_mask", lambda model, seen, columns, room: (
+            torch.arange(columns + room) >= columns - seen[:, None]).long())
     else:
         model.set_attn_implementation(attention)
     monkeypatch.setattr(rollout.KVCache, "ROOM", 2)
@@ -156,6 +156,48 @@ def test_samples_of_a_prompt_share_its_prefill(loaded, wild, ragged, batch, monk
     assert shared.stopped.tolist() == apart.stopped.tolist() and shared.stopped.any()
     torch.testing.assert_close(shared.logprobs, apart.logprobs, atol=1e-4, rtol=0)
     assert len({tuple(row) for row in free.ids[:3].tolist()}) == 3, "samples of a prompt differ"
+
+
+@pytest.mark.parametrize("K, attention", [(1, "eager"), (1, "sdpa"), (2, "sdpa")])
+def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, monkeypatch):
+    """Twelve prompts through three places: each takes a place that was left, in a cache of other
+    lengths, and says what it says when all are read together. The cache is never wider than its
+    longest row, though rows come and go for longer than any of them speaks."""
+    monkeypatch.setattr(rollout.KVCache, "ROOM", 3)
+    model, prompts = copy.deepcopy(wild), [ragged[i] for i in (1, 0, 2, 3) * 3]
+    model.set_attn_implementation(attention)
+    uniforms = torch.rand(12 * K, 14, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(4))
+    settings = dict(max_new_tokens=14, samples_per_prompt=K, uniforms=uniforms,
+                    presence_penalty=0.7, repetition_penalty=1.2)
+    free = sample(model, loaded[1].batch(prompts), stop_ids=(), **settings).ids
+    settings["stop_ids"] = {int(free[row, t]) for row, t in ((0, 9), (1, 5), (4, 7))}
+    settings["pad_id"] = int(free.flatten().mode().values)     # no penalty for what is not said yet
+    whole, calls = sample(model, loaded[1].batch(prompts), **settings), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append((
+        *kwargs["input_ids"].shape, next((kwargs[k].get_seq_length() for k in
+                                          ("cache", "past_key_values") if k in kwargs), 0))),
+        with_kwargs=True)
+    cuts = [prompts[:3], prompts[3:5], *([prompt] for prompt in prompts[5:])]
+    queue = (loaded[1].batch(part) for part in cuts)
+    out = sample(model, next(queue), more=queue, **settings)
+    assert responses(out) == responses(whole) and out.stopped.tolist() == whole.stopped.tolist()
+    torch.testing.assert_close(out.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    assert len(set(out.lengths.tolist())) > 3 and int(out.lengths.min()) < 14
+    prefills = [i for i, (_, length, _) in enumerate(calls) if length > 1]
+    steps = [(rows, width) for rows, length, width in calls if length == 1]
+    assert len(prefills) == len(cuts) and max(rows for rows, _ in steps) == 3 * K
+    # not one after the other: some are read amid the answers of others, which then go on
+    assert any(calls[i + 1][0] > K * calls[i][0] for i in prefills if i + 1 < len(calls))
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert max(width for _, width in steps) < longest + 13 + 3 < longest + len(steps)
+
+
+def test_another_cache_lets_the_rows_finish_first():
+    """Only ours can be joined; with another the next batch is read when no row runs."""
+    more = [one_token_prompts(3), one_token_prompts(2, 4)]
+    out = sample(Fake(countdown), one_token_prompts(2, 5), more=more, max_new_tokens=9, stop_ids={1})
+    assert out.lengths.tolist() == [2, 5, 3, 2, 4]
 
 
 def test_recovery_module_reads_the_prompt_only(wild, batch):

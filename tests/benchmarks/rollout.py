@@ -13,7 +13,8 @@ How both stop at the same steps, though they draw different tokens: hooks on the
 embedding and on lm_head see every row's position, and make the stop token certain at one position,
 the same for all rows, and impossible before. So a row whose prompt is n tokens shorter answers n
 tokens longer. `even`: all prompts of one length, all answers of about T tokens. `ragged`: answers
-spread evenly from T / 8 to T. `toy` has no such hooks: greedy, the tiny checkpoint's own stops, and
+spread evenly from T / 8 to T. `queue`: the same, in random order, of which 32 run at a time; ours
+reads four more whenever four have stopped, the others take 32 after 32. `toy` has no such hooks: greedy, the tiny checkpoint's own stops, and
 the tokens are compared.
 
 Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
@@ -55,6 +56,7 @@ FULL = [("toy, 48 rows", "tiny", "eager", 48, 0, 96, "own", 1, 7),
         ("8 x 4 samples x 1,000, ragged", "tiny", "sdpa", 8, 1000, 128, "ragged", 4, 3),
         *((f"{rows} x {longest:,} + 1,000, {kind}", "tiny", "sdpa", rows, longest, 1000, kind, 1, 2)
           for rows in (8, 32) for longest, kind in ((128, "even"), (1000, "ragged"))),
+        ("128 x 600 + 512, queue of 32", "tiny", "sdpa", 128, 600, 512, "queue", 1, 2),
         ("mid 8 x 72, even", "mid", "sdpa", 8, 72, 16, "even", 1, 3),
         ("mid 8 x 72, ragged", "mid", "sdpa", 8, 72, 16, "ragged", 1, 3),
         *((f"mid 8 x 128 + 64, {kind}", "mid", "sdpa", 8, 128, 64, kind, 1, 1)
@@ -104,8 +106,11 @@ def make_prompts(processor, count: int, longest: int, shorter: list[int]) -> lis
 
 
 def answer_lengths(kind: str, rows: int, T: int) -> list[int]:
-    return [T if kind != "ragged" else round(T / 8 + (T - T / 8) * row / max(1, rows - 1))
-            for row in range(rows)]
+    lengths = [T if kind not in ("ragged", "queue") else
+               round(T / 8 + (T - T / 8) * row / max(1, rows - 1)) for row in range(rows)]
+    if kind == "queue":
+        random.Random(5).shuffle(lengths)
+    return lengths
 
 
 @contextmanager
@@ -134,9 +139,9 @@ def stop_at(model, position: int, stop_id: int):
 
 # ---------------------------------------------------------------------------- the ways to sample
 
-def ours(model, batch, T, K, temperature, sampling):
+def ours(model, batch, T, K, temperature, sampling, more=()):
     out = sample(model, batch, max_new_tokens=T, temperature=temperature, samples_per_prompt=K,
-                 generator=torch.Generator().manual_seed(0), **sampling)
+                 generator=torch.Generator().manual_seed(0), more=more, **sampling)
     return out.ids, out.lengths
 
 
@@ -208,6 +213,11 @@ def repeated(batch, K):
 WAYS = {"ours": ours, "generate": generate, "plain": plain}
 
 
+def in_turn(way, model, batches, *settings):
+    """A way that knows no queue: one batch after the other. Only the lengths come back."""
+    return None, torch.cat([way(model, batch, *settings)[1] for batch in batches])
+
+
 # ---------------------------------------------------------------------------- measuring
 
 def timed(way, *args) -> dict:
@@ -229,6 +239,9 @@ def run_case(case, model, processor) -> dict:
     answers = answer_lengths(kind, prompts, T)
     rows = make_prompts(processor, prompts, longest, [n - min(answers) for n in answers])
     batch = processor.batch(rows, device=model.device)
+    by_32, then_4 = ([processor.batch(part, device=model.device) for part in parts] for parts in (
+        [rows[i:i + 32] for i in range(0, prompts, 32)],
+        [rows[i:i + 4] for i in range(32, prompts, 4)]))
     temperature = 0.0 if kind == "own" else 1.0
     sampling = processor.sampling
     mask, positions = batch["attention_mask"], batch["position_ids"]
@@ -241,7 +254,12 @@ def run_case(case, model, processor) -> dict:
     def everything(limit):
         out = {}
         for way in order:
-            out[way] = timed(WAYS[way], model, batch, limit, K, temperature, sampling)
+            if kind != "queue":
+                out[way] = timed(WAYS[way], model, batch, limit, K, temperature, sampling)
+            elif way == "ours":
+                out[way] = timed(ours, model, by_32[0], limit, K, temperature, sampling, then_4)
+            else:
+                out[way] = timed(in_turn, WAYS[way], model, by_32, limit, K, temperature, sampling)
         return out
 
     order, runs, first = list(WAYS), [], []
