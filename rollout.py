@@ -30,7 +30,8 @@ Choices a reader may wonder about:
 4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
    transformers' copies all it holds to append one; and a row that stops gives its place to the last
    running row, so that one row is copied instead of all. Measured in tests/benchmarks/README.md.
-   When further prompts join, all is copied once; columns at which no row looks any more are dropped.
+   When further prompts join, all is copied once; columns at which no row looks any more are
+   dropped.
 5) Decoding runs in inference mode, which saves bookkeeping at every operation. The prefill does
    not, so that what a hook or a sharded model keeps from it are ordinary tensors.
 6) Every step calls the whole model, not its decoder or its layers: hooks, adapters and sharding see
@@ -281,9 +282,9 @@ class KVCache:
     """Keys and values of the running rows, with room for what comes: what the model calls a cache.
 
     A buffer a layer, (2, rows, heads, capacity, d), first the keys and then the values. It grows by
-    ROOM tokens at a time, and then takes along only the rows that are still running. All rows end in
-    the same column: a prompt that joins longer answers has blank columns before it, which the mask
-    hides. The model asks a cache for nothing but update() and the three sizes.
+    ROOM tokens at a time, and then takes along only the rows that are still running. All rows end
+    in the same column: a prompt that joins longer answers has blank columns before it, which the
+    mask hides. The model asks a cache for nothing but update() and the three sizes.
     """
     ROOM = 128
 

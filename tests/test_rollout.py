@@ -196,7 +196,8 @@ def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, mon
 def test_another_cache_lets_the_rows_finish_first():
     """Only ours can be joined; with another the next batch is read when no row runs."""
     more = [one_token_prompts(3), one_token_prompts(2, 4)]
-    out = sample(Fake(countdown), one_token_prompts(2, 5), more=more, max_new_tokens=9, stop_ids={1})
+    out = sample(Fake(countdown), one_token_prompts(2, 5), more=more, max_new_tokens=9,
+                 stop_ids={1})
     assert out.lengths.tolist() == [2, 5, 3, 2, 4]
 
 

@@ -14,8 +14,8 @@ embedding and on lm_head see every row's position, and make the stop token certa
 the same for all rows, and impossible before. So a row whose prompt is n tokens shorter answers n
 tokens longer. `even`: all prompts of one length, all answers of about T tokens. `ragged`: answers
 spread evenly from T / 8 to T. `queue`: the same, in random order, of which 32 run at a time; ours
-reads four more whenever four have stopped, the others take 32 after 32. `toy` has no such hooks: greedy, the tiny checkpoint's own stops, and
-the tokens are compared.
+reads four more whenever four have stopped, the others take 32 after 32. `toy` has no such hooks:
+greedy, the tiny checkpoint's own stops, and the tokens are compared.
 
 Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
 On a CPU with one thread the ratios are of CPU seconds, which other people's work disturbs least;
