@@ -36,6 +36,7 @@ COMMON = dict(batch_size=4, sample_batch=4, max_new_tokens=16, attention="sdpa",
 CASES = {                    # rows of a micro-batch, and what differs from COMMON
     "0.05B all": (2, dict(train="all")),
     "0.05B cue": (2, dict(train="cue")),
+    "0.05B cue, prompts wait": (2, dict(train="cue", batch_size=12, sample_batch=8)),
     "0.05B all checkpointed": (2, dict(train="all", gradient_checkpointing=True)),
     "0.05B language eager": (2, dict(train="language", attention="eager")),
     "0.15B all bf16": (2, dict(train="all", dtype="bfloat16")),
@@ -136,7 +137,7 @@ def run_case(name: str) -> dict:
     import distill
     import plan
     size, (rows, changes) = name.split()[0], CASES[name]
-    data = records(4, SIDE[size])
+    data = records(12, SIDE[size])
     dtype = changes.get("dtype", "float32")
     warm_up(distill, dtype)
     with tempfile.TemporaryDirectory() as folder:
