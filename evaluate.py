@@ -51,6 +51,7 @@ from rollout import sample
 PAPER = dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_new_tokens=4096,
              min_pixels=3584, max_pixels=401408)
 DECODING = (*PAPER, "seed", "batch_size")
+GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
 __all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after"]
 
@@ -60,9 +61,9 @@ def evaluate(model, processor, records: list[dict], *, label: str = "", **settin
 
     label: of the progress bar, none if empty.
     """
-    batches = answer(model, processor, records, **settings)
-    total = -(-len(records) // settings.get("batch_size", 64))
-    return [row for rows in tqdm(batches, label, total, disable=not label, leave=False)
+    groups = answer(model, processor, records, **settings)
+    total = -(-len(records) // (GROUP * settings.get("batch_size", 64)))
+    return [row for rows in tqdm(groups, label, total, disable=not label, leave=False)
             for row in rows]
 
 
@@ -70,23 +71,29 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
            max_new_tokens: int = 1024, batch_size: int = 64, temperature: float = 0.0,
            top_p: float = 1.0, top_k: int = 0, presence_penalty: float = 0.0, seed: int = 0,
            done=()):
-    """Yield the graded rows of one batch after the other. Greedy unless a temperature is given.
+    """Yield the graded rows of one group after the other. Greedy unless a temperature is given.
 
-    hint(record): the privileged line, or None. done: ids that need no answer any more; a batch
+    batch_size: rows that run at a time. In a group of four times as many, prompts wait for the
+    places of rows that stop, an eighth of a batch at a time.
+    hint(record): the privileged line, or None. done: ids that need no answer any more; a group
     with no other record is left out, and the others are drawn as if it had not been.
     A row: id, question, gold, response, correct, extracted, rule, reason, stopped, length (tokens),
     grounded where the record lists its objects, group and meta where a benchmark has them.
     """
-    for start in range(0, len(records), batch_size):
-        part = records[start:start + batch_size]
+    later = max(1, batch_size // 8)
+    for start in range(0, len(records), GROUP * batch_size):
+        part = records[start:start + GROUP * batch_size]
         if all(record["id"] in done for record in part):
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        batch = processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, part)],
-                                device=model.device)
-        got = sample(model, batch, max_new_tokens=max_new_tokens, temperature=temperature,
-                     top_p=top_p, top_k=top_k, presence_penalty=presence_penalty,
-                     generator=generator, **processor.sampling)
+        cuts = [part[:batch_size],
+                *(part[i:i + later] for i in range(batch_size, len(part), later))]
+        # made when there is a place for them: videos are large
+        batches = (processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, cut)],
+                                   device=model.device) for cut in cuts)
+        got = sample(model, next(batches), more=batches, max_new_tokens=max_new_tokens,
+                     temperature=temperature, top_p=top_p, top_k=top_k,
+                     presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
                in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
 
@@ -115,12 +122,12 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 # ---------------------------------------------------------------------------- benchmarks
 
 def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
-    """Answer one benchmark into OUT/NAME.jsonl, batch by batch, and return its numbers.
+    """Answer one benchmark into OUT/NAME.jsonl, group by group, and return its numbers.
 
-    A run that was killed goes on behind its last whole batch and draws the same answers. With
+    A run that was killed goes on behind its last whole group and draws the same answers. With
     --rescore (model None) the saved responses are graded again and nothing is asked.
     """
-    path = Path(args.out or "results") / f"{name}.jsonl"
+    path, group = Path(args.out or "results") / f"{name}.jsonl", GROUP * args.batch_size
     path.parent.mkdir(parents=True, exist_ok=True)
     decoding = {key: getattr(args, key) for key in DECODING}
     by_id, saved = {item["id"]: item for item in items}, checkpoint.read_jsonl(path)
@@ -140,15 +147,15 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
         if saved and header["settings"] != settings:
             raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; "
                              "give another --out")
-        if len(rows) < len(items):       # what a kill left of a batch is drawn again, all of it
-            rows = rows[:len(rows) // args.batch_size * args.batch_size]
+        if len(rows) < len(items):       # what a kill left of a group is drawn again, all of it
+            rows = rows[:len(rows) // group * group]
         checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
-        batches = answer(model, processor, items, done={row["id"] for row in rows},
-                         **{key: value for key, value in decoding.items() if "pixels" not in key})
-        for batch in tqdm(batches, name, total=-(-(len(items) - len(rows)) // args.batch_size)):
-            for row in batch:
+        groups = answer(model, processor, items, done={row["id"] for row in rows},
+                        **{key: value for key, value in decoding.items() if "pixels" not in key})
+        for answered in tqdm(groups, name, total=-(-(len(items) - len(rows)) // group)):
+            for row in answered:
                 checkpoint.append_jsonl(path, row)
-            rows += batch
+            rows += answered
     file = benchmarks.describe(items, readable=lambda item: judge(
         item, f"\\boxed{{{first_gold(item)}}}", True, 0)["correct"])
     return summarise(rows) | metrics.aggregate(name, rows, items) | {"file": file}

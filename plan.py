@@ -297,8 +297,9 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     # 2) sample, and before the first step evaluate; each of several GPUs has the whole model then
     whole, whole_teacher = (0, 0) if N == 1 else (b * (c.total + cue), tb * u.total)
     cache, sampling = sampling_works(run, m, b, prompts, most)
-    _, evaluating = sampling_works(replace(run, samples_per_prompt=1, train="all"), t, tb,
-                                   min(64, run.sample_batch), most)
+    evaluation = replace(run, samples_per_prompt=1, train="all",
+                         sample_batch=min(64, run.sample_batch))
+    _, evaluating = sampling_works(evaluation, t, tb, 4 * evaluation.sample_batch, most)
 
     # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
     # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile

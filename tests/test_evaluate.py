@@ -208,16 +208,18 @@ def test_every_benchmark_runs_from_both_kinds_of_file(name, tmp_path, capsys):
     assert metrics.PAPER_COLUMNS[name][0] in capsys.readouterr().out
 
 
-def test_a_killed_benchmark_goes_on_and_draws_the_same(tmp_path):
-    """The half batch and the half line that a kill leaves are drawn again, with the same draws."""
-    source = fabricate.official("dynamath", tmp_path / "files")
-    hot = ("--benchmark", "dynamath", "--temperature", "1.5", "--top-k", "20")
+def test_a_killed_benchmark_goes_on_and_draws_the_same(tmp_path, monkeypatch):
+    """The half group and the half line that a kill leaves are drawn again, with the same draws."""
+    source, calls, sample = fabricate.official("dynamath", tmp_path / "files"), [], evaluate.sample
+    monkeypatch.setattr(evaluate, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    hot = ("--benchmark", "dynamath", "--temperature", "1.5", "--top-k", "20", "--batch-size", "2")
     evaluate.main(bench(source, tmp_path / "out", *hot))
-    path = tmp_path / "out" / "dynamath.jsonl"
+    path, groups = tmp_path / "out" / "dynamath.jsonl", len(calls)
     whole = path.read_bytes()
-    path.write_bytes(b"\n".join(whole.split(b"\n")[:12]) + b'\n{"id": "cut')
+    path.write_bytes(b"\n".join(whole.split(b"\n")[:12]) + b'\n{"id": "cut')     # 11 of them
     evaluate.main(bench(source, tmp_path / "out", *hot))
     assert path.read_bytes() == whole
+    assert len(calls) - groups == groups - 1, "the first group of eight is not asked again"
     with pytest.raises(SystemExit, match="was made with"):
         evaluate.main(bench(source, tmp_path / "out", "--benchmark", "dynamath"))
 
