@@ -237,8 +237,8 @@ def read_prompts(student, teacher, processor, records, config) -> tuple[list, li
 def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     """A response to each of `prompts`, of which every K are one and read once.
 
-    About `sample_batch` rows run at a time. When an eighth of them have stopped, the next prompts
-    take their places, so that long answers do not keep the others waiting.
+    About `sample_batch` rows run at a time. Prompts that wait take the places of rows that stop, so
+    that long answers do not keep the others waiting.
     """
     K, prompts = config.samples_per_prompt, prompts[::config.samples_per_prompt]
     # drawn for the whole step at once, so that a token does not depend on how the step is cut
@@ -249,13 +249,11 @@ def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     if not prompts:                          # more processes than prompts
         none = torch.zeros(0, 1, device=student.device)
         return Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
-    first = max(1, config.sample_batch // K)                  # the rows of a prompt stay together
-    later = max(1, first // 8)
-    batches = (processor.batch(part, device=student.device) for part in (
-        prompts[:first], *(prompts[i:i + later] for i in range(first, len(prompts), later))))
-    return sample(student, next(batches), more=batches, max_new_tokens=config.max_new_tokens,
-                  temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                  samples_per_prompt=K, uniforms=uniforms, **processor.sampling)
+    read = processor.in_turn(prompts, student.device)
+    return sample(student, read(max(1, config.sample_batch // K)), more=read,
+                  max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                  top_p=config.top_p, top_k=config.top_k, samples_per_prompt=K, uniforms=uniforms,
+                  **processor.sampling)
 
 
 def response_states(model, processor, prompts, rows, ids, mask, blanks=()) -> torch.Tensor:

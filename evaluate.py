@@ -74,24 +74,21 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
     """Yield the graded rows of one group after the other. Greedy unless a temperature is given.
 
     batch_size: rows that run at a time. In a group of four times as many, prompts wait for the
-    places of rows that stop, an eighth of a batch at a time.
+    places of rows that stop.
     hint(record): the privileged line, or None. done: ids that need no answer any more; a group
     with no other record is left out, and the others are drawn as if it had not been.
     A row: id, question, gold, response, correct, extracted, rule, reason, stopped, length (tokens),
     grounded where the record lists its objects, group and meta where a benchmark has them.
     """
-    later = max(1, batch_size // 8)
     for start in range(0, len(records), GROUP * batch_size):
         part = records[start:start + GROUP * batch_size]
         if all(record["id"] in done for record in part):
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        cuts = [part[:batch_size],
-                *(part[i:i + later] for i in range(batch_size, len(part), later))]
-        # made when there is a place for them: videos are large
-        batches = (processor.batch([processor.prompt(r, hint(r)) for r in map(with_frames, cut)],
-                                   device=model.device) for cut in cuts)
-        got = sample(model, next(batches), more=batches, max_new_tokens=max_new_tokens,
+        # a prompt is made when there is a place for it: videos are large
+        prompts = (processor.prompt(r, hint(r)) for r in map(with_frames, part))
+        read = processor.in_turn(prompts, model.device)
+        got = sample(model, read(batch_size), more=read, max_new_tokens=max_new_tokens,
                      temperature=temperature, top_p=top_p, top_k=top_k,
                      presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped

@@ -35,6 +35,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,15 @@ class Processor:
             out["pixel_values_videos"] = torch.cat(videos)
             out["video_grid_thw"] = torch.tensor([grid for p in prompts for grid in p.video_grids])
         return {name: tensor.to(device) for name, tensor in out.items()}
+
+    def in_turn(self, prompts, device=None):
+        """A function that makes a batch of the next n of `prompts`, any iterable; None at its end."""
+        prompts = iter(prompts)
+
+        def read(n: int):
+            part = list(islice(prompts, n))
+            return self.batch(part, device=device) if part else None
+        return read
 
 
 def rope_positions(prompt: Prompt, image_id: int, merge: int, video_id: int = -1) -> torch.Tensor:

@@ -92,7 +92,7 @@ class Running:
 @torch.no_grad()
 def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
-           stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, more=(),
+           stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, more=None,
            generator=None, uniforms=None) -> Rollout:
     """Sample responses to every prompt of `batch`; see the header for what and why.
 
@@ -100,8 +100,9 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     once from every id already generated; repetition_penalty divides positive and multiplies
     negative logits of them. samples_per_prompt K: row b K + k of the result is sample k of prompt
     b, and the prompt is read once for all K.
-    more: an iterable of further batches, whose rows follow in the result. Each is read as soon as
-    rows that stopped have left room for it: never more run at a time than `batch` has.
+    more: a function that makes a batch of at most n prompts that wait, or None if none do; their
+    rows follow in the result. As many prompts run at a time as `batch` has: when an eighth of them
+    have stopped, so many are asked for, and as many as there were when all have.
     uniforms (rows of the result, max_new_tokens) in [0, 1): the numbers to draw with, in place of
     the generator's. Then no token depends on how the prompts are cut into batches.
     The model is put in eval mode, and back.
@@ -114,18 +115,17 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     uniforms = None if uniforms is None else uniforms.to(device)
     penalised = presence_penalty != 0 or repetition_penalty != 1
 
-    places = K * len(batch["input_ids"])                         # rows that may run at a time
+    places = len(batch["input_ids"])                             # prompts that may run at a time
     out = rows = cache = mask = None
-    more = iter(more)
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     model.eval()
     try:
         while batch is not None or rows:
-            # 1) prefill: read the next prompts as soon as there is room for K rows of each
-            if batch is not None and (not rows or isinstance(cache, KVCache)
-                                      and len(rows) + K * len(batch["input_ids"]) <= places):
+            # 1) prefill: read prompts when there is room for them, and make K rows of each
+            if batch is not None:
                 _check(batch["attention_mask"], max_new_tokens, temperature, top_p, top_k,
                        repetition_penalty, K)
+                cache = cache if rows else None
                 found, new = _prefill(model, batch, K, cache_name)
                 new.at += len(out.ids) if out else 0
                 cache = _joined(cache, found, K, len(rows or ()))
@@ -133,7 +133,7 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
                 rows = _and(rows, new)
                 out = _and(out, _unwritten(len(new), max_new_tokens, pad_id, device))
                 mask = _decode_mask(model, rows.read + rows.drawn, columns, max_new_tokens)
-                batch = next(more, None)
+                batch = _waiting(more, cache, len(rows), places, K)
                 continue
             with torch.inference_mode():
                 # 2) the distribution of the next token
@@ -159,24 +159,34 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
                     keep = _close_gaps(done)
                     rows, tokens = rows[keep], tokens[keep]
                     mask = None if mask is None else mask[keep]
-                    if not rows:
-                        continue
-                    cache.batch_select_indices(keep)
-                    blank = columns + 1 - int((rows.read + rows.drawn).max())
-                    if blank >= KVCache.ROOM and isinstance(cache, KVCache):
-                        cache.drop(blank, len(rows))       # columns at which nobody looks any more
-                        columns, mask = columns - blank, mask[..., blank:]
+                    if rows:
+                        cache.batch_select_indices(keep)
+                        blank = columns + 1 - int((rows.read + rows.drawn).max())
+                        if blank >= KVCache.ROOM and isinstance(cache, KVCache):
+                            cache.drop(blank, len(rows))   # columns at which nobody looks any more
+                            columns, mask = columns - blank, mask[..., blank:]
                 # 5) one forward step on the cache
-                columns += 1
-                step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
-                        "attention_mask": None if mask is None else mask[..., :columns],
-                        "position_ids": (rows.position + rows.drawn - 1).expand(3, -1)[..., None]}
-                rows.logits = model(**step).logits[:, -1]
+                if rows:
+                    columns += 1
+                    position = rows.position + rows.drawn - 1
+                    step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
+                            "attention_mask": None if mask is None else mask[..., :columns],
+                            "position_ids": position.expand(3, -1)[..., None]}          # (3, R, 1)
+                    rows.logits = model(**step).logits[:, -1]
+            batch = _waiting(more, cache, len(rows), places, K)
     finally:
         for module, training in modes:
             module.training = training
     T = int(out.lengths.max())
     return Rollout(out.ids[:, :T], out.lengths, out.stopped, out.logprobs[:, :T])
+
+
+def _waiting(more, cache, R: int, places: int, K: int):
+    """The next batch of prompts that wait, if there is room; only our own cache can be joined."""
+    few = max(1, places // 8)
+    if more is None or R and (R > K * (places - few) or not isinstance(cache, KVCache)):
+        return None
+    return more(few if R else places)
 
 
 def _prefill(model, batch, K: int, cache_name: str):

@@ -388,7 +388,8 @@ def test_five_non_finite_steps_end_the_run(toy_folder, tmp_path, monkeypatch):
 
 
 def start(arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # as many threads as here: another number adds up in another order
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *arguments], cwd=cwd,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True)

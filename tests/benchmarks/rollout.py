@@ -14,7 +14,7 @@ embedding and on lm_head see every row's position, and make the stop token certa
 the same for all rows, and impossible before. So a row whose prompt is n tokens shorter answers n
 tokens longer. `even`: all prompts of one length, all answers of about T tokens. `ragged`: answers
 spread evenly from T / 8 to T. `queue`: the same, in random order, of which 32 run at a time; ours
-reads four more whenever four have stopped, the others take 32 after 32. `toy` has no such hooks:
+reads four more when four have stopped, the others take 32 after 32. `toy` has no such hooks:
 greedy, the tiny checkpoint's own stops, and the tokens are compared.
 
 Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
@@ -139,7 +139,7 @@ def stop_at(model, position: int, stop_id: int):
 
 # ---------------------------------------------------------------------------- the ways to sample
 
-def ours(model, batch, T, K, temperature, sampling, more=()):
+def ours(model, batch, T, K, temperature, sampling, more=None):
     out = sample(model, batch, max_new_tokens=T, temperature=temperature, samples_per_prompt=K,
                  generator=torch.Generator().manual_seed(0), more=more, **sampling)
     return out.ids, out.lengths
@@ -239,9 +239,7 @@ def run_case(case, model, processor) -> dict:
     answers = answer_lengths(kind, prompts, T)
     rows = make_prompts(processor, prompts, longest, [n - min(answers) for n in answers])
     batch = processor.batch(rows, device=model.device)
-    by_32, then_4 = ([processor.batch(part, device=model.device) for part in parts] for parts in (
-        [rows[i:i + 32] for i in range(0, prompts, 32)],
-        [rows[i:i + 4] for i in range(32, prompts, 4)]))
+    by_32 = [processor.batch(rows[i:i + 32], device=model.device) for i in range(0, prompts, 32)]
     temperature = 0.0 if kind == "own" else 1.0
     sampling = processor.sampling
     mask, positions = batch["attention_mask"], batch["position_ids"]
@@ -257,7 +255,8 @@ def run_case(case, model, processor) -> dict:
             if kind != "queue":
                 out[way] = timed(WAYS[way], model, batch, limit, K, temperature, sampling)
             elif way == "ours":
-                out[way] = timed(ours, model, by_32[0], limit, K, temperature, sampling, then_4)
+                out[way] = timed(ours, model, by_32[0], limit, K, temperature, sampling,
+                                 processor.in_turn(rows[32:], model.device))
             else:
                 out[way] = timed(in_turn, WAYS[way], model, by_32, limit, K, temperature, sampling)
         return out
