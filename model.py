@@ -344,7 +344,7 @@ class Processor:
         return {name: tensor.to(device) for name, tensor in out.items()}
 
     def in_turn(self, prompts, device=None):
-        """A function that makes a batch of the next n of `prompts`, any iterable; None at its end."""
+        """A function that makes a batch of the next n of `prompts`, any iterable, or None."""
         prompts = iter(prompts)
 
         def read(n: int):
