@@ -62,7 +62,7 @@ class RMSGain(nn.Module):
 # What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
 # the same formula as autograd's, which would go over v several times in float32 for the norm, and
 # read it transposed for the products: bf16 on a CPU then takes ten times as long, or more
-# (tests/benchmarks/README.md, "Module").
+# (tests/benchmarks/README.md, "Module"). v needs no gradient at the first block of a frozen model.
 
 class _InverseRMS(torch.autograd.Function):
     """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
@@ -93,7 +93,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         v, q = ctx.saved_tensors
-        return upstream @ q, upstream.mT @ v
+        return upstream @ q if ctx.needs_input_grad[0] else None, upstream.mT @ v
 
 
 class _Mean(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         a, v = ctx.saved_tensors
-        return v @ upstream.mT, a @ upstream
+        return v @ upstream.mT, a @ upstream if ctx.needs_input_grad[1] else None
 
 
 inverse_rms, scores_of, mean_of = _InverseRMS.apply, _Scores.apply, _Mean.apply
