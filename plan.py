@@ -46,7 +46,8 @@ GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
 SLACK = 0.05                 # of the peak, for gaps
 CHUNK, ROWS = 256, 16        # tokens with logits, and with float32 copies, at one time: loss.py's
-ROOM = 128                   # tokens by which the cache grows: rollout.KVCache's
+ROOM, JOIN = 128, 8          # tokens by which the cache grows, places that are filled: rollout.py's
+GROUP = 4                    # batches of an evaluation whose prompts wait: evaluate.py's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # hidden, layers, heads, ff, tied head | vision: depth, hidden, ff, DeepStack after these layers
@@ -299,7 +300,7 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     cache, sampling = sampling_works(run, m, b, prompts, most)
     evaluation = replace(run, samples_per_prompt=1, train="all",
                          sample_batch=min(64, run.sample_batch))
-    _, evaluating = sampling_works(evaluation, t, tb, 4 * evaluation.sample_batch, most)
+    _, evaluating = sampling_works(evaluation, t, tb, GROUP * evaluation.sample_batch, most)
 
     # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
     # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile
@@ -362,7 +363,7 @@ def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float,
                + (features if run.reads_once() else pixels))
     decode = cache + cache / m.layers + read * K * m.V * (b + 24)     # logits, their distribution
     # they are read an eighth of the places at a time, beside the cache of the rest
-    later = max(1, read // 8) if prompts > read else 0
+    later = max(1, read // JOIN) if prompts > read else 0
     return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 

@@ -48,6 +48,7 @@ import torch
 # Dimension letters: B prompts, K samples of each, R rows still running (of B K), L prompt tokens,
 # T response tokens, V vocabulary.
 
+JOIN = 8         # prompts that wait are read when one place in so many is free
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -183,7 +184,7 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
 
 def _waiting(more, cache, R: int, places: int, K: int):
     """The next batch of prompts that wait, if there is room; only our own cache can be joined."""
-    few = max(1, places // 8)
+    few = max(1, places // JOIN)
     if more is None or R and (R > K * (places - few) or not isinstance(cache, KVCache)):
         return None
     return more(few if R else places)
@@ -195,8 +196,7 @@ def _prefill(model, batch, K: int, cache_name: str):
     positions = rope_positions(model, batch)                                        # (3, B, L)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                    logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
-    after = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1          # (B,)
-    rows = K * len(ids)
+    after, rows = position_after(positions, mask), K * len(ids)
     return getattr(output, cache_name), Running(
         torch.arange(rows, device=ids.device), torch.zeros_like(after).repeat_interleave(K),
         *(x.repeat_interleave(K, dim=0) for x in (mask.sum(dim=1), after, output.logits[:, -1])))
@@ -406,6 +406,11 @@ def rope_positions(model, batch) -> torch.Tensor:
                 **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})[0]
 
 
+def position_after(positions, mask) -> torch.Tensor:
+    """(B,) where the next token stands: one behind the largest of positions (3, B, L) in use."""
+    return positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1
+
+
 def append_response(batch: dict, ids: torch.Tensor, lengths: torch.Tensor) -> dict:
     """Left-padded prompts (B, L) and right-padded responses (B, T) as one batch (B, L + T).
 
@@ -426,8 +431,7 @@ def append_response(batch: dict, ids: torch.Tensor, lengths: torch.Tensor) -> di
     T = ids.shape[1]
     steps = torch.arange(T, device=ids.device)
     mask, positions = batch["attention_mask"], batch["position_ids"]
-    last = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2))              # (B,)
-    after = (last[:, None] + 1 + steps)[None].expand(3, -1, -1)                     # (3, B, T)
+    after = (position_after(positions, mask)[:, None] + steps).expand(3, -1, -1)    # (3, B, T)
     out = dict(batch)
     out["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
     out["attention_mask"] = torch.cat([mask, (steps < lengths[:, None]).to(mask.dtype)], dim=1)

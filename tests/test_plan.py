@@ -13,6 +13,7 @@ import transformers
 
 import cue_recovery
 import distill
+import evaluate
 import model as qwen
 import plan
 import rollout
@@ -85,6 +86,7 @@ def test_cache_is_that_of_the_sampler(loaded, records):
     assert made.parts["key/value cache"] == size_of(cache.buffers)
     assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (rollout.KVCache.ROOM, inspect.signature(
         distill_loss).parameters["chunk"].default, ROWS)
+    assert (plan.JOIN, plan.GROUP) == (rollout.JOIN, evaluate.GROUP)
 
 
 def shape() -> dict:
