@@ -161,8 +161,7 @@ class Peaks(memory.Peaks):
 
 def one_case(point: dict, rows: int) -> dict:
     """What a fresh process does: a step of the tiny checkpoint, then one of the point, measured."""
-    warm = distill.Config(batch_size=2, max_new_tokens=4, device=DEVICE.type, privilege="answer")
-    memory.step(distill, warm, distill.build_models(warm), memory.records(2, 32))
+    memory.warm_up(distill, "", DEVICE.type)
     peaks, pair, data = Peaks(), made(point["vocabulary"]), records(point)
     _, found = memory.measure(distill, settings(point, pair[1], data, rows), pair, data, peaks)
     return found | {"peak": max(found.values())}

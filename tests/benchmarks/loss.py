@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 import pairs                                  # puts the project's root first on the path, so that
 from loss import distill_loss                 # this is loss.py of the root and not this file
+from memory import status
 from pairs import DEVICE
 
 VOCABULARY, HIDDEN = 151_936, 2048            # Qwen3-VL-2B
@@ -129,15 +130,9 @@ def peak_extra(side, inputs) -> int:
         once(side, inputs)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")                 # VmHWM starts again from here
-    before = _status("VmRSS")
+    before = status("VmRSS")
     once(side, inputs)
-    return _status("VmHWM") - before
-
-
-def _status(field) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(x for x in lines if x.startswith(field))
-    return 1024 * int(line.split()[1])
+    return status("VmHWM") - before
 
 
 def memory_of(name, T, hidden_size, dtype, train_head, chunk=None) -> int:

@@ -169,11 +169,11 @@ def expected_peaks(planned) -> dict:
             "score": max(planned.peaks["teach"], planned.peaks["learn"])}
 
 
-def warm_up(distill, dtype: str) -> None:
+def warm_up(distill, dtype: str, device: str = "cpu") -> None:
     """A step of the tiny checkpoint, for what is imported and allocated once."""
     import model as qwen
     qwen.quiet()
-    warm = distill.Config(batch_size=2, max_new_tokens=4, privilege="answer", device="cpu",
+    warm = distill.Config(batch_size=2, max_new_tokens=4, privilege="answer", device=device,
                           dtype=dtype)
     step(distill, warm, distill.build_models(warm), records(2, 32))
 

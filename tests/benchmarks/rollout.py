@@ -43,7 +43,7 @@ import transformers  # noqa: E402
 
 import model as qwen  # noqa: E402
 from data import toy  # noqa: E402
-from rollout import PICTURES, rope_positions, sample  # noqa: E402
+from rollout import PICTURES, position_after, rope_positions, sample  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -166,7 +166,7 @@ def plain(model, batch, T, K, temperature, sampling):
     batch = repeated(batch, K)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     generator, positions = torch.Generator().manual_seed(0), rope_positions(model, batch)
-    after = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1
+    after = position_after(positions, mask)
     stop = torch.tensor(sorted(sampling["stop_ids"]), device=ids.device)
     rows, running = len(ids), torch.arange(len(ids), device=ids.device)
     out = torch.full((rows, T), sampling["pad_id"], device=ids.device)
@@ -213,9 +213,10 @@ def repeated(batch, K):
 WAYS = {"ours": ours, "generate": generate, "plain": plain}
 
 
-def in_turn(way, model, batches, *settings):
-    """A way that knows no queue: one batch after the other. Only the lengths come back."""
-    return None, torch.cat([way(model, batch, *settings)[1] for batch in batches])
+def one_by_one(way, model, batches, *settings):
+    """A way that knows no queue: one batch after the other. The ids are those of the first."""
+    ids, lengths = zip(*(way(model, batch, *settings) for batch in batches))
+    return ids[0], torch.cat(lengths)
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -238,12 +239,12 @@ def run_case(case, model, processor) -> dict:
     name, _, _, prompts, longest, T, kind, K, pairs = case
     answers = answer_lengths(kind, prompts, T)
     rows = make_prompts(processor, prompts, longest, [n - min(answers) for n in answers])
-    batch = processor.batch(rows, device=model.device)
-    by_32 = [processor.batch(rows[i:i + 32], device=model.device) for i in range(0, prompts, 32)]
+    places = 32 if kind == "queue" else prompts
+    batches = [processor.batch(rows[i:i + places], device=model.device)
+               for i in range(0, prompts, places)]
     temperature = 0.0 if kind == "own" else 1.0
     sampling = processor.sampling
-    mask, positions = batch["attention_mask"], batch["position_ids"]
-    after = positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1
+    after = torch.cat([position_after(b["position_ids"], b["attention_mask"]) for b in batches])
     stop_id = min(processor.stop_ids)
     if kind != "own":
         sampling = {**sampling, "stop_ids": {stop_id}}
@@ -252,13 +253,12 @@ def run_case(case, model, processor) -> dict:
     def everything(limit):
         out = {}
         for way in order:
-            if kind != "queue":
-                out[way] = timed(WAYS[way], model, batch, limit, K, temperature, sampling)
-            elif way == "ours":
-                out[way] = timed(ours, model, by_32[0], limit, K, temperature, sampling,
-                                 processor.in_turn(rows[32:], model.device))
+            settings = limit, K, temperature, sampling
+            if way == "ours":
+                out[way] = timed(ours, model, batches[0], *settings,
+                                 processor.in_turn(rows[places:], model.device))
             else:
-                out[way] = timed(in_turn, WAYS[way], model, by_32, limit, K, temperature, sampling)
+                out[way] = timed(one_by_one, WAYS[way], model, batches, *settings)
         return out
 
     order, runs, first = list(WAYS), [], []
