@@ -62,7 +62,7 @@ class RMSGain(nn.Module):
 # What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
 # the same formula as autograd's, which would go over v several times in float32 for the norm, and
 # read it transposed for the products: bf16 on a CPU then takes ten times as long, or more
-# (tests/benchmarks/README.md, "Module"). v needs no gradient at the first block of a frozen model.
+# (tests/speed/README.md, "Module"). v needs no gradient at the first block of a frozen model.
 
 class _InverseRMS(torch.autograd.Function):
     """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""

@@ -45,19 +45,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import cue_recovery
 import evaluate
-import longrun
 import model as qwen
-import plan
-import sharding
 import teacher as teaching
-import vision
 from data import records as record_files, toy
 from loss import distill_loss
-from optimizer import Optimizer
 from rollout import Rollout, append_response, sample
+from scale import checkpoint, longrun, plan, sharding, vision
+from scale.optimizer import Optimizer
 
 # Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden size,
 # V vocabulary.

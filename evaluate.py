@@ -1,4 +1,4 @@
-"""evaluate.py - how often a model answers right: sample, grade, count.
+"""evaluate.py - how often a model answers right: sample, grade, count; or ask it one question.
 
 The idea.  A loss that falls is not evidence; accuracy on held-out questions, beside the base
 model's, is. Every question stays in the denominator: an answer that cannot be read is wrong, never
@@ -6,27 +6,22 @@ guessed.
 
 In:  a checkpoint folder, a record file.  Out: one line a question as JSONL, a summary, a table.
 
-The one equation (95 % interval of k right out of n, Wilson's, z = 1.96):
-    (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2)
-
 Run
-    python evaluate.py --model M --benchmark mathvista --source DIR --preset paper --out results/M
-    python evaluate.py --model runs/NAME/checkpoint                      the toy world's test file
+    python evaluate.py --model runs/NAME/checkpoint                      its run's test records
     python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
     python evaluate.py --model M --ask "How many dots?" --image a.png    one question, to look at
-    python evaluate.py report runs/NAME --out report.html                a run as a page: report.py
-    python evaluate.py compare runs/A runs/B --out grid                  runs as a table: compare.py
+Public benchmarks have a runner of their own, benchmarks/run.py.
 
-Grading lives in grade.py. On records that list their "objects" (the toy world) an answer is also
-*grounded* if it is right, states evidence, and every object it states is really in the picture.
+How an answer is read and compared stands in benchmarks/grade.py. On records that list their
+"objects" (the toy world) an answer is also *grounded* if it is right, states evidence, and every
+object it states is really in the picture.
 Left out: an LLM as judge.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -35,26 +30,24 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import benchmarks
-import checkpoint
-import compare
-import metrics
-import report
 import teacher as teaching
+from benchmarks import readers
+from benchmarks.counting import grid, interval, percent
+from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
-from figures import percent
-from grade import Grade, grade
 from model import load, quiet
 from rollout import sample
+from scale.checkpoint import write_jsonl
 
-# The paper's decoding, table 4: temperature, nucleus, penalty, pixels of a picture or frame.
-PAPER = dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_new_tokens=4096,
-             min_pixels=3584, max_pixels=401408)
-DECODING = (*PAPER, "seed", "batch_size")
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
+DECODING = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "batch_size")
+MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
+         "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
 __all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after"]
 
+
+# ---------------------------------------------------------------------------- answer and grade
 
 def evaluate(model, processor, records: list[dict], *, label: str = "", **settings) -> list[dict]:
     """Answer and grade every record, in order; see answer() for the settings and the rows.
@@ -99,7 +92,7 @@ def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
     """The record with at most `count` frames of its video, chosen or decoded now, not before."""
     if not record.get("video") or record.get("seconds"):
         return record
-    pictures, seconds = benchmarks.frames(record, count)
+    pictures, seconds = readers.frames(record, count)
     return {**record, "video": pictures, "seconds": seconds}
 
 
@@ -116,88 +109,7 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
     return row | {name: record[name] for name in ("group", "meta") if name in record}
 
 
-# ---------------------------------------------------------------------------- benchmarks
-
-def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
-    """Answer one benchmark into OUT/NAME.jsonl, group by group, and return its numbers.
-
-    A run that was killed goes on behind its last whole group and draws the same answers. With
-    --rescore (model None) the saved responses are graded again and nothing is asked.
-    """
-    path, group = Path(args.out or "results") / f"{name}.jsonl", GROUP * args.batch_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    decoding = {key: getattr(args, key) for key in DECODING}
-    by_id, saved = {item["id"]: item for item in items}, checkpoint.read_jsonl(path)
-    header, rows = saved[0] if saved else {}, saved[1:]
-    # The file is written anew below: answers to questions that are not asked now must not get lost.
-    strange = [row["id"] for row in rows if row["id"] not in by_id]
-    if strange:
-        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
-                         f"{strange[0]}; give another --out, or the same --source and --limit")
-    if args.rescore:
-        if not rows:
-            raise ValueError(f"{path}: no saved answers to grade again")
-        rows = [judge(by_id[r["id"]], r["response"], r["stopped"], r["length"]) for r in rows]
-        checkpoint.write_jsonl(path, [header, *rows])
-    else:
-        settings = {"model": str(args.model), **decoding}
-        if saved and header["settings"] != settings:
-            raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; "
-                             "give another --out")
-        if len(rows) < len(items):       # what a kill left of a group is drawn again, all of it
-            rows = rows[:len(rows) // group * group]
-        checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
-        groups = answer(model, processor, items, done={row["id"] for row in rows},
-                        **{key: value for key, value in decoding.items() if "pixels" not in key})
-        for answered in tqdm(groups, name, total=-(-(len(items) - len(rows)) // group)):
-            for row in answered:
-                checkpoint.append_jsonl(path, row)
-            rows += answered
-    file = benchmarks.describe(items, readable=lambda item: judge(
-        item, f"\\boxed{{{first_gold(item)}}}", True, 0)["correct"])
-    return summarise(rows) | metrics.aggregate(name, rows, items) | {"file": file}
-
-
-def first_gold(item: dict) -> str:
-    return item["answer"] if isinstance(item["answer"], str) else item["answer"][0]
-
-
-def benchmark_table(results: dict[str, dict]) -> str:
-    """A row a benchmark, in Markdown: our headline number beside the paper's base models."""
-    lines = ["| benchmark | score % [95 %] | what | n | no answer % | cut off % | "
-             "paper's base 2B, 8B |",
-             "|---|---|---|---|---|---|---|"]
-    for name, got in results.items():
-        score = got[got["headline"]]
-        bounds = None if got["points"] is None else interval(got["points"], got["of"])
-        column, small, large = metrics.PAPER_COLUMNS[name]
-        shown = "groups incomplete" if score is None else percent(score, bounds)
-        lines.append(f"| {column} | {shown} | {got['headline']} | {got['n']} | "
-                     f"{percent(got['unparsed'])} | {percent(got['cut_off'])} | {small}, {large} |")
-        more = {key: got[key] for key in ("worst_case", "score_loose") if got.get(key) is not None}
-        more |= {f"{value}": part["accuracy"] for key in ("by_version", "by_duration")
-                 for value, part in got.get(key, {}).items()}
-        lines += [f"|   {key} | {percent(value)} | | | | | |" for key, value in more.items()]
-        if "strict" in got and got["strict"]:
-            for setting in ("strict", "loose"):
-                counts = ", ".join(f"{k} {got[setting][k]}" for k in ("IK", "IG", "CM", "RM"))
-                lines.append(f"|   {setting} | {counts} | | | | | |")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------- counting
-
-def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    >>> tuple(round(x, 3) for x in interval(50, 100))
-    (0.404, 0.596)
-    """
-    z = 1.96
-    middle = right + z * z / 2
-    half = z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
-
+# ---------------------------------------------------------------------------- count
 
 def count_hints(response: str) -> int:
     """How often the word "hint" stands there: whole word, any case (table 8)."""
@@ -220,8 +132,6 @@ def summarise(rows: list[dict]) -> dict:
     return out
 
 
-# ---------------------------------------------------------------------------- for people
-
 def line(summary: dict) -> str:
     """One line for a log."""
     text = f"accuracy {percent(summary['accuracy'], summary['interval'])} %"
@@ -242,7 +152,7 @@ def table(summaries: dict[str, dict]) -> str:
                ("n", lambda s: str(s["n"]))]
     columns = [(name, show) for name, show in columns if all(show(s) for s in summaries.values())]
     rows = [[name, *(show(s) for _, show in columns)] for name, s in summaries.items()]
-    return compare.grid([["", *(name for name, _ in columns)], *rows])
+    return grid([["", *(name for name, _ in columns)], *rows])
 
 
 def before_after(before: list[dict], after: list[dict]) -> str:
@@ -255,24 +165,13 @@ def before_after(before: list[dict], after: list[dict]) -> str:
     return "the base got every test question right"
 
 
-def main(argv=None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["report"], ["compare"]):
-        return look(*argv)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog="Two more commands: report RUN, and compare RUN ...; "
-                                     "each has its own --help.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# ---------------------------------------------------------------------------- command line
+
+def add_decoding(parser) -> None:
+    """The flags that every script has which lets a model answer."""
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--data", default="",
-                        help="records, JSONL (default: the test records of the run that the "
-                        "checkpoint belongs to, else the toy world's)")
-    parser.add_argument("--limit", type=int, default=-1,
-                        help="first so many records, 0 for all, -1 for the run's own or all")
-    parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
-                        help="give the model this hint, as a teacher would see it")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="0 for the run's own or 1024")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="rows that run at a time")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -280,53 +179,54 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--min-pixels", type=int, default=0, help="0 for the checkpoint's own")
     parser.add_argument("--max-pixels", type=int, default=0, help="0 for the checkpoint's own")
-    parser.add_argument("--out", default="", help="write every question and answer here as JSONL")
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="")
-    parser.add_argument("--benchmark", default="", choices=["", "all", *benchmarks.ROWS],
-                        help="a public benchmark instead of records, from files in --source")
-    parser.add_argument("--source", default="", help="the benchmark's file or folder")
-    parser.add_argument("--preset", default="", choices=["", "paper"],
-                        help="decoding and pixel budget of the paper's table 4")
-    parser.add_argument("--any-rows", action="store_true",
-                        help="take a benchmark file whose number of rows is not the official one")
+
+
+def read_arguments(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_decoding(parser)
+    parser.add_argument("--data", default="",
+                        help="records, JSONL (default: the test records of the run that the "
+                        "checkpoint belongs to, else the toy world's)")
+    parser.add_argument("--limit", type=int, default=-1,
+                        help="first so many records, 0 for all, -1 for the run's own or all")
+    parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
+                        help="give the model this hint, as a teacher would see it")
+    parser.add_argument("--out", default="", help="write every question and answer here as JSONL")
     parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
     parser.add_argument("--image", action="append", default=[],
                         help="with --ask: a picture; may be given several times, or not at all")
     parser.add_argument("--hint", help="with --ask: a privileged line, as a teacher would see it")
-    parser.add_argument("--rescore", action="store_true",
-                        help="grade the saved answers of --out again, without the model")
     args = parser.parse_args(argv)
-    if args.preset == "paper":         # its values are defaults, so that single flags override them
-        parser.set_defaults(**PAPER)
-        args = parser.parse_args(argv)
     if args.ask is None and (args.image or args.hint):
         parser.error("--image and --hint belong to --ask")
-    if args.ask is not None and (args.benchmark or args.data):
-        parser.error("--ask answers one question: leave out --benchmark and --data")
+    if args.ask is not None and args.data:
+        parser.error("--ask answers one question: leave out --data")
+    return args
+
+
+def main(argv=None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for word in (argv[:1] + [word.partition("=")[0] for word in argv if word.startswith("--b")]):
+        if word in MOVED:
+            raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
+    args = read_arguments(argv)
     quiet()
     try:
-        if args.ask is not None:
-            main_ask(args)
-        elif args.benchmark:
-            main_benchmark(args)
-        else:
-            main_records(args)
+        main_records(args) if args.ask is None else main_ask(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"evaluate.py: {error}")
 
 
-def look(command: str, *argv: str) -> None:
-    """`report` and `compare`: finished runs, for people."""
-    from dataclasses import asdict
-    from distill import Config           # here: distill.py imports this file
-    try:
-        if command == "report":
-            report.main(argv)
-        else:
-            compare.main(argv, defaults=asdict(Config()))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"evaluate.py: {error}")
+def run_settings(model: Path) -> dict:
+    """What a run evaluated its checkpoint with, so that its number comes out; else defaults."""
+    for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
+        if (run / "args.json").exists():
+            return json.loads((run / "args.json").read_text(encoding="utf-8"))
+    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024,
+            "min_pixels": 0, "max_pixels": 0}
 
 
 def load_asked(args, own: dict):
@@ -334,6 +234,22 @@ def load_asked(args, own: dict):
     return load(args.model, args.dtype or None, args.device or None,
                 min_pixels=args.min_pixels or own["min_pixels"] or None,
                 max_pixels=args.max_pixels or own["max_pixels"] or None)
+
+
+def main_records(args) -> None:
+    own = run_settings(Path(args.model))
+    data = args.data or own["eval_data"] or str(toy.default() / "test.jsonl")
+    limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
+    needs = () if args.privilege == "none" else (args.privilege,)
+    records = record_files.load(data, needs)[:limit or None]
+    model, processor = load_asked(args, own)
+    rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
+                    label="evaluate", **{name: getattr(args, name) for name in DECODING},
+                    max_new_tokens=args.max_new_tokens or own["max_new_tokens"])
+    if args.out:
+        write_jsonl(Path(args.out), rows)
+    print(f"{args.model} on {data}")
+    print(table({Path(args.model).name: summarise(rows)}))
 
 
 def main_ask(args) -> None:
@@ -356,58 +272,6 @@ def main_ask(args) -> None:
     print(processor.decode(got.ids[0]))
     if not got.stopped[0]:
         print(f"(cut off after {int(got.lengths[0])} tokens; --max-new-tokens)", file=sys.stderr)
-
-
-def main_records(args) -> None:
-    own = run_settings(Path(args.model))
-    data = args.data or own["eval_data"] or str(toy.default() / "test.jsonl")
-    limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
-    needs = () if args.privilege == "none" else (args.privilege,)
-    records = record_files.load(data, needs)[:limit or None]
-    model, processor = load_asked(args, own)
-    rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
-                    max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
-                    batch_size=args.batch_size, temperature=args.temperature,
-                    top_p=args.top_p, top_k=args.top_k,
-                    presence_penalty=args.presence_penalty, seed=args.seed, label="evaluate")
-    if args.out:
-        checkpoint.write_jsonl(Path(args.out), rows)
-    print(f"{args.model} on {data}")
-    print(table({Path(args.model).name: summarise(rows)}))
-
-
-def main_benchmark(args) -> None:
-    if not args.source:
-        raise ValueError("--benchmark needs --source, "
-                         "the file or folder with the benchmark's files")
-    own = run_settings(Path(args.model))
-    for key in ("max_new_tokens", "min_pixels", "max_pixels"):
-        setattr(args, key, getattr(args, key) or own[key])
-    names = benchmarks.ROWS if args.benchmark == "all" else [args.benchmark]
-    # All files are read and checked first: a missing one must not show after hours of answers.
-    items = {name: benchmarks.load(name, args.source, check_rows=not args.any_rows)
-             [:args.limit if args.limit > 0 else None] for name in names}
-    model = processor = None
-    if not args.rescore:
-        model, processor = load_asked(args, own)
-    results = {name: run_benchmark(name, items[name], args, model, processor) for name in names}
-    folder = Path(args.out or "results")
-    checkpoint.write_json(folder / "scores.json", results)
-    print(benchmark_table(results))
-    for name, got in results.items():
-        if got["file"]["unparsed_golds"]:
-            print(f"{name}: {len(got['file']['unparsed_golds'])} golds that no answer can match, "
-                  f"such as {got['file']['unparsed_golds'][:3]}")
-    print(f"answers and scores in {folder}")
-
-
-def run_settings(model: Path) -> dict:
-    """What a run evaluated its checkpoint with, so that its number comes out; else defaults."""
-    for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
-        if (run / "args.json").exists():
-            return json.loads((run / "args.json").read_text(encoding="utf-8"))
-    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024,
-            "min_pixels": 0, "max_pixels": 0}
 
 
 if __name__ == "__main__":

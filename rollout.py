@@ -29,7 +29,7 @@ Choices a reader may wonder about:
    transformers' repetition penalty would include the prompt).
 4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
    transformers' copies all it holds to append one; and a row that stops gives its place to the last
-   running row, so that one row is copied instead of all. Measured in tests/benchmarks/README.md.
+   running row, so that one row is copied instead of all. Measured in tests/speed/README.md.
    When further prompts join, all is copied once; columns at which no row looks any more are
    dropped.
 5) Decoding runs in inference mode, which saves bookkeeping at every operation. The prefill does

@@ -17,9 +17,7 @@ the student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to so
 is a function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), all learnable.
 
 In:  a record and the name of a privilege; a student model.  Out: a hint; a frozen teacher model.
-Use it alone: imports torch only (the commands below need cues.py, leaks.py and grade.py).
-    python teacher.py write-cues --model M --data my/train.jsonl --out my/cued.jsonl
-    python teacher.py audit my/cued.jsonl
+Use it alone: imports torch only. Cues are written, and audited for leaks, by data/cues.py.
 
 Choices a reader may wonder about
 1) The teacher never has the recovery module, is in eval mode and has no gradients.
@@ -127,12 +125,5 @@ def check_same_vocabulary(student: dict[str, int], teacher: dict[str, int],
                          f"{token!r}: id {student.get(token)} and {teacher.get(token)}")
 
 
-def audit(cue: str, answer: str, question: str = "", options=None) -> list[str]:
-    """Reasons not to use this cue, empty when it is clean: leaks.audit, found where it is used."""
-    from leaks import audit as look
-    return look(cue, answer, question, options)
-
-
 if __name__ == "__main__":
-    from cues import main     # the commands write-cues and audit
-    main()
+    raise SystemExit("teacher.py is no command: see `python data/cues.py write` and `python data/cues.py audit`")

@@ -15,7 +15,7 @@ checkpoint shows is the mechanism of the method, not evidence about 2B models.
 In:  nothing.  Out: data/tiny-qwen3-vl/, an ordinary Hugging Face folder (bf16, under 8 MB).
 Use: python data/make_tiny.py          see README.md for the time it takes
      python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 250 --lr 5e-4 \
-         --out data/tiny-teacher       the bigger teacher of data/grid.sh: more layers, and it looks
+         --out data/tiny-teacher       the bigger teacher of analysis/grid.sh: more layers, and it looks
 
 The layout is Qwen3-VL's: byte-level BPE with Qwen's control tokens (at this vocabulary's own ids),
 M-RoPE, DeepStack, tied embeddings. Patch 8 instead of 16: one visual token per 16 x 16 pixels.

@@ -28,6 +28,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from data.tidy import answer_kind
+from model import Processor
 
 
 def even_sample(records, limit, seed=0):
@@ -91,7 +92,6 @@ def longest_prompt(path, records, model):
     question = max((r["question"] for r in records), key=len)
     text = f"{len(question)} characters of question"
     if model:
-        from model import Processor             # imports torch, which nothing else here needs
         processor = Processor(model)
         lengths = {}
         for record in tqdm(records, desc="tokens", disable=None):

@@ -8,12 +8,12 @@ import time
 import pytest
 from PIL import Image
 
-import benchmarks
+from benchmarks import readers
 import fabricate
-from benchmarks import describe, frame_indices, frames, literal, load, options_in
-from metrics import PAPER_COLUMNS, aggregate
+from benchmarks.readers import describe, frame_indices, frames, literal, load, options_in
+from benchmarks.scores import PAPER_COLUMNS, aggregate
 
-NAMES = list(benchmarks.ROWS)
+NAMES = list(readers.ROWS)
 COMPARED = ("id", "answer", "options", "answer_kind", "precision", "tolerance", "group")
 
 
@@ -21,7 +21,7 @@ COMPARED = ("id", "answer", "options", "answer_kind", "precision", "tolerance", 
 def short(monkeypatch):
     """The official row counts, but of the fabricated files."""
     counts = {name: len(make()) for name, make in fabricate.ROWS.items()}
-    monkeypatch.setattr(benchmarks, "ROWS", counts | {"mmmu": counts["mmmu"] - 1})
+    monkeypatch.setattr(readers, "ROWS", counts | {"mmmu": counts["mmmu"] - 1})
 
 
 def get(name, folder, form="json"):
@@ -79,11 +79,11 @@ def test_one_folder_can_hold_all_seven(tmp_path):
                                     "MathVerse", "MMMU", "Video-MME")):
         fabricate.official(name, tmp_path / folder)
     for name in NAMES:
-        assert len(load(name, tmp_path)) == benchmarks.ROWS[name]
+        assert len(load(name, tmp_path)) == readers.ROWS[name]
     lmu = tmp_path / "LMUData"
     for name in NAMES:
         fabricate.tsv(name, lmu)
-        assert len(load(name, lmu)) == benchmarks.ROWS[name]
+        assert len(load(name, lmu)) == readers.ROWS[name]
     assert len(load("wemath", lmu / "WeMath.tsv")) == 7
 
 
@@ -100,7 +100,7 @@ def test_items_are_records_that_the_processor_takes(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gold_is_graded_right_against_itself(name, tmp_path):
-    from grade import grade
+    from benchmarks.grade import grade
 
     def readable(item):
         gold = item["answer"] if isinstance(item["answer"], str) else item["answer"][0]
@@ -108,7 +108,7 @@ def test_every_gold_is_graded_right_against_itself(name, tmp_path):
                      kind=item["answer_kind"], precision=item["precision"],
                      tolerance=item["tolerance"]).correct
     report = describe([*get(name, tmp_path).values()], readable)
-    assert report["unparsed_golds"] == [] and report["rows"] == benchmarks.ROWS[name]
+    assert report["unparsed_golds"] == [] and report["rows"] == readers.ROWS[name]
 
 
 # ---------------------------------------------------------------------------- traps, set by set
@@ -286,7 +286,7 @@ def tsv(tmp_path):
 
 
 def test_row_counts_are_checked_with_both_numbers(tsv, monkeypatch):
-    monkeypatch.setitem(benchmarks.ROWS, "mathvista", 1000)
+    monkeypatch.setitem(readers.ROWS, "mathvista", 1000)
     with pytest.raises(ValueError, match="8 rows instead of 1000.*check_rows=False"):
         load("mathvista", tsv)
     assert len(load("mathvista", tsv, check_rows=False)) == 8
@@ -294,9 +294,9 @@ def test_row_counts_are_checked_with_both_numbers(tsv, monkeypatch):
 
 def test_the_real_row_counts():
     import importlib
-    fresh = importlib.util.module_from_spec(benchmarks.__spec__)
+    fresh = importlib.util.module_from_spec(readers.__spec__)
     sys.modules["fresh"] = fresh        # dataclass looks its module up
-    benchmarks.__spec__.loader.exec_module(fresh)
+    readers.__spec__.loader.exec_module(fresh)
     assert fresh.ROWS == {"vision-r1": None, "dynamath": 5010, "mathvista": 1000, "wemath": 1740,
                           "mathverse": 3940, "mmmu": 900, "video-mme": 2700}
     assert set(PAPER_COLUMNS) == set(fresh.ROWS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-from checkpoint import append_jsonl, forget_after, load_state, read_jsonl, save_state, write_json
+from scale import checkpoint
+from scale.checkpoint import append_jsonl, forget_after, load_state, read_jsonl, save_state, write_json
 
 STATE = {"weight/a": torch.rand(3, 4), "exp_avg/a": torch.rand(3, 4).bfloat16(),
          "step/a": torch.tensor(7.0), "view": torch.arange(6).reshape(2, 3).T}
@@ -47,7 +47,7 @@ def test_a_kill_while_saving_leaves_the_old_state(tmp_path, monkeypatch, dies_in
     def killed(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(f"checkpoint.{dies_in}", half_a_file if dies_in == "save_file" else killed)
+        patch.setattr(f"scale.checkpoint.{dies_in}", half_a_file if dies_in == "save_file" else killed)
         with pytest.raises(KeyboardInterrupt):
             save_state(tmp_path, 2, {"b": torch.ones(100)})
     step, tensors = load_state(tmp_path)
@@ -99,7 +99,7 @@ def test_a_kill_while_writing_json_leaves_the_old_file(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.os.replace", killed)
+        patch.setattr("scale.checkpoint.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_json(path, {})
     assert json.loads(path.read_text(encoding="utf-8")) == {"accuracy": 0.5, "name": "Zürich"}
@@ -169,7 +169,7 @@ def test_forget_after_keeps_the_finished_steps(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.os.replace", killed)
+        patch.setattr("scale.checkpoint.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             forget_after(path, 3)
     assert len(read_jsonl(path)) == 5, "a kill in between forgets nothing"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import compare
+from analysis import compare
 import evaluate
 
 
@@ -177,7 +177,7 @@ def test_the_command_writes_the_same_table_twice(tmp_path, capsys):
         make_run(tmp_path, f"s{seed}", accuracy, seed=seed)
     folders = [str(tmp_path / f"s{seed}") for seed in (0, 1, 2, 0)]          # one of them twice
     (tmp_path / "s0.log").touch()                                            # as runs/* takes it in
-    evaluate.main(["compare", *folders, str(tmp_path / "s0.log"),
+    compare.main([*folders, str(tmp_path / "s0.log"),
                    "--out", str(tmp_path / "out" / "grid.md")])
     printed, text = capsys.readouterr().out, (tmp_path / "out" / "grid.md").read_text()
     assert printed.startswith(text) and "80.0 [55.2, 104.8]" in text
@@ -207,6 +207,6 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, file, content, message):
         (folder / file).write_text(content)
     else:
         folder.mkdir()
-    with pytest.raises(SystemExit, match=f"^evaluate.py: .*x.*{message}") as error:
-        evaluate.main(["compare", str(folder)])
+    with pytest.raises(SystemExit, match=f"^compare.py: .*x.*{message}") as error:
+        compare.main([str(folder)])
     assert "\n" not in str(error.value)

@@ -6,12 +6,11 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import cues
-import leaks
+from scale import checkpoint
+from data import cues
+from data import leaks
 import model as qwen
 import rollout
-import teacher
 from conftest import ROOT
 
 CASES = [json.loads(line) for line in (ROOT / "tests" / "leak_cases.jsonl").open(encoding="utf-8")]
@@ -24,7 +23,7 @@ CASES = [json.loads(line) for line in (ROOT / "tests" / "leak_cases.jsonl").open
 def test_audit_on_labelled_cues(part, precision, recall):
     """Measured: tuned 149 of 151 leaks found, held out 18 of 20; no clean cue flagged in either."""
     cases = [case for case in CASES if case["part"] == part]
-    said = [bool(teacher.audit(case["cue"], case["answer"], case["question"], case.get("options")))
+    said = [bool(leaks.audit(case["cue"], case["answer"], case["question"], case.get("options")))
             for case in cases]
     hits = sum(flagged and case["leak"] for flagged, case in zip(said, cases))
     assert hits / sum(said) >= precision
@@ -49,7 +48,7 @@ def test_audit_never_raises_on_junk():
 
 def test_toy_cues_are_clean(records):
     """Row numbers equal answers all the time there: visible evidence, not a leak."""
-    assert not [r["cue"] for r in records if teacher.audit(r["cue"], r["answer"], r["question"])]
+    assert not [r["cue"] for r in records if leaks.audit(r["cue"], r["answer"], r["question"])]
 
 
 # ---------------------------------------------------------------------------- the writer
@@ -65,7 +64,7 @@ def test_the_writer_never_sees_the_answer(loaded, records):
 
 
 def write(folder, out, *more):
-    cues.main(["write-cues", "--model", str(qwen.TINY), "--data", str(folder / "train.jsonl"),
+    cues.main(["write", "--model", str(qwen.TINY), "--data", str(folder / "train.jsonl"),
                "--out", str(folder / out), "--batch-size", "4", "--max-new-tokens", "40",
                "--limit", "10", "--retries", "1", "--device", "cpu", *more])
     return [checkpoint.read_jsonl(folder / name) for name in
@@ -119,7 +118,7 @@ def test_a_leaking_draw_is_tried_again(loaded, records, monkeypatch):
         width = int(lengths.max())
         return rollout.Rollout(torch.tensor([i + [0] * (width - len(i)) for i in ids]), lengths,
                                torch.ones(len(ids), dtype=torch.bool), torch.zeros(len(ids), width))
-    monkeypatch.setattr(rollout, "sample", fake)
+    monkeypatch.setattr(cues, "sample", fake)
     from types import SimpleNamespace
     args = SimpleNamespace(kind="cue", retries=2, seed=0, max_new_tokens=9, temperature=1.0)
     part = [{**records[0], "answer": "5"}, {**records[1], "answer": "5"}]
@@ -139,7 +138,7 @@ def test_cues_belong_beside_their_source(world, tmp_path):
     """Picture paths are relative to the record file: elsewhere they would point nowhere."""
     for out in (tmp_path / "elsewhere.jsonl", world / "train.jsonl"):
         with pytest.raises(SystemExit, match="beside"):
-            cues.main(["write-cues", "--model", str(qwen.TINY), "--data",
+            cues.main(["write", "--model", str(qwen.TINY), "--data",
                        str(world / "train.jsonl"), "--out", str(out)])
 
 
@@ -153,7 +152,7 @@ def test_the_audit_command_prints_rate_and_examples(tmp_path):
     rows = [{"cue": "The answer is 5.", "answer": "5", "question": "Find x."},
             {"cue": "A triangle with a side labelled 4.", "answer": "5", "question": "Find x."}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = [sys.executable, str(ROOT / "teacher.py"), "audit", str(tmp_path / "c.jsonl")]
+    command = [sys.executable, str(ROOT / "data" / "cues.py"), "audit", str(tmp_path / "c.jsonl")]
     got = subprocess.run(command, capture_output=True, text=True)
     assert got.returncode == 0, got.stderr
     assert "1 of 2 cues flagged: 50.0 %" in got.stdout and "c.jsonl:1" in got.stdout

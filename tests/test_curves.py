@@ -11,7 +11,7 @@ from conftest import ROOT
 @pytest.fixture
 def bench(monkeypatch):
     # behind the root, whose loss.py and rollout.py have namesakes in that folder
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tests" / "benchmarks")])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "tests" / "speed")])
     import curves
     return curves
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-import checkpoint
+from scale import checkpoint
 import cue_recovery
 import distill
 import evaluate

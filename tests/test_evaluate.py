@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmarks
-import checkpoint
+from benchmarks import readers, run
+from scale import checkpoint
 import evaluate
 import fabricate
-import metrics
+from benchmarks.scores import PAPER_COLUMNS
 import model as qwen
 from data import records as record_files, toy
 
@@ -191,21 +191,21 @@ def bench(source, out, *more):
             "--max-new-tokens", "3", "--batch-size", "4", "--device", "cpu", *more]
 
 
-@pytest.mark.parametrize("name", list(benchmarks.ROWS))
+@pytest.mark.parametrize("name", list(readers.ROWS))
 def test_every_benchmark_runs_from_both_kinds_of_file(name, tmp_path, capsys):
     """Fabricated files in the official layout and as VLMEvalKit's TSV: the same ids and golds."""
     few = ("--limit", "1") if name == "video-mme" else ()     # its first video is a frame folder
     golds = []
     for kind in ("official", "tsv"):
         source = getattr(fabricate, kind)(name, tmp_path / kind)
-        evaluate.main(bench(source, tmp_path / f"out-{kind}", "--benchmark", name, *few))
+        run.main(bench(source, tmp_path / f"out-{kind}", "--benchmark", name, *few))
         header, *rows = checkpoint.read_jsonl(tmp_path / f"out-{kind}" / f"{name}.jsonl")
         assert header["settings"]["max_new_tokens"] == 3 and rows
         golds.append({row["id"]: row["gold"] for row in rows})
         scores = json.loads((tmp_path / f"out-{kind}" / "scores.json").read_text())[name]
         assert scores["n"] == len(rows) and scores["unanswered"] == 0
     assert golds[0] == golds[1]
-    assert metrics.PAPER_COLUMNS[name][0] in capsys.readouterr().out
+    assert PAPER_COLUMNS[name][0] in capsys.readouterr().out
 
 
 def test_a_killed_benchmark_goes_on_and_draws_the_same(tmp_path, monkeypatch):
@@ -213,47 +213,47 @@ def test_a_killed_benchmark_goes_on_and_draws_the_same(tmp_path, monkeypatch):
     source, calls, sample = fabricate.official("dynamath", tmp_path / "files"), [], evaluate.sample
     monkeypatch.setattr(evaluate, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
     hot = ("--benchmark", "dynamath", "--temperature", "1.5", "--top-k", "20", "--batch-size", "2")
-    evaluate.main(bench(source, tmp_path / "out", *hot))
+    run.main(bench(source, tmp_path / "out", *hot))
     path, groups = tmp_path / "out" / "dynamath.jsonl", len(calls)
     whole = path.read_bytes()
     path.write_bytes(b"\n".join(whole.split(b"\n")[:12]) + b'\n{"id": "cut')     # 11 of them
-    evaluate.main(bench(source, tmp_path / "out", *hot))
+    run.main(bench(source, tmp_path / "out", *hot))
     assert path.read_bytes() == whole
     assert len(calls) - groups == groups - 1, "the first group of eight is not asked again"
     with pytest.raises(SystemExit, match="was made with"):
-        evaluate.main(bench(source, tmp_path / "out", "--benchmark", "dynamath"))
+        run.main(bench(source, tmp_path / "out", "--benchmark", "dynamath"))
 
 
 def test_a_smaller_limit_does_not_delete_answers(tmp_path):
     """The answers' file is written anew on every start; rows beyond --limit were lost with it."""
     source = fabricate.official("mathvista", tmp_path / "files")
-    evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))
+    run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))
     before = (tmp_path / "out" / "mathvista.jsonl").read_bytes()
     for more in ((), ("--rescore",)):
         with pytest.raises(SystemExit, match="other questions"):
-            evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista",
-                                "--limit", "2", *more))
+            run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista",
+                           "--limit", "2", *more))
     assert (tmp_path / "out" / "mathvista.jsonl").read_bytes() == before
 
 
 def test_rescoring_needs_no_model_and_keeps_the_answers(tmp_path, monkeypatch):
     source = fabricate.official("mathvista", tmp_path / "files")
-    evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))
+    run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista"))
     path = tmp_path / "out" / "mathvista.jsonl"
     header, *rows = checkpoint.read_jsonl(path)
     rows[0]["response"] = f"\\boxed{{{rows[0]['gold']}}}"
     checkpoint.write_jsonl(path, [header, *rows])
     monkeypatch.setattr(evaluate, "load", None)
-    evaluate.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--rescore"))
+    run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--rescore"))
     again = checkpoint.read_jsonl(path)[1:]
     assert again[0]["correct"] and [r["response"] for r in again] == [r["response"] for r in rows]
 
 
 def test_preset_paper_is_table_4_and_single_flags_override(monkeypatch):
     seen = {}
-    monkeypatch.setattr(evaluate, "main_benchmark", lambda args: seen.update(vars(args)))
-    evaluate.main(["--model", "m", "--benchmark", "mmmu", "--source", "s", "--preset", "paper",
-                   "--top-k", "7"])
+    monkeypatch.setattr(run, "run", lambda args: seen.update(vars(args)))
+    run.main(["--model", "m", "--benchmark", "mmmu", "--source", "s", "--preset", "paper",
+              "--top-k", "7"])
     assert (seen["temperature"], seen["top_p"], seen["presence_penalty"]) == (0.7, 0.8, 1.5)
     assert seen["max_pixels"] == 401408 and seen["max_new_tokens"] == 4096 and seen["top_k"] == 7
 
@@ -261,4 +261,4 @@ def test_preset_paper_is_table_4_and_single_flags_override(monkeypatch):
 def test_the_official_number_of_rows_is_asked_for(tmp_path):
     source = fabricate.official("mmmu", tmp_path)
     with pytest.raises(SystemExit, match="900"):
-        evaluate.main(["--model", str(qwen.TINY), "--benchmark", "mmmu", "--source", str(source)])
+        run.main(["--model", str(qwen.TINY), "--benchmark", "mmmu", "--source", str(source)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
+from analysis import figures
 
 
 class Outline(HTMLParser):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from grade import grade
+from benchmarks.grade import grade
 
 LETTERS = {letter: "" for letter in "ABCDE"}
 POLYGENIC = {"A": "a karyotype", "B": "a pedigree", "C": "a haplotype", "D": "a locus",

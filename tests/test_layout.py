@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cue_recovery
 import model as qwen
-import plan
+from scale import plan
 
 INSTRUCT = [f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "8B", "32B")]
 

@@ -116,11 +116,11 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
+from scale import checkpoint  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
-import longrun  # noqa: E402
+from scale import longrun  # noqa: E402
 import model as qwen  # noqa: E402
 from rollout import sample  # noqa: E402
 
@@ -388,7 +388,7 @@ def test_half_a_removed_student_does_not_bear_its_name(tmp_path, monkeypatch):
         raise KeyboardInterrupt
     for step in (1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr("checkpoint.shutil.rmtree", killed)
+            patch.setattr("scale.checkpoint.shutil.rmtree", killed)
             with pytest.raises(KeyboardInterrupt) if step == 2 else contextlib.nullcontext():
                 checkpoint.keep_student(tmp_path, 1, {"step": step, "accuracy": 0.5}, fake_save)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}

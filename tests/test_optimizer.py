@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from optimizer import Optimizer
+from scale.optimizer import Optimizer
 
 SETTINGS = dict(lr=0.01, cue_lr=0.1, warmup=4, steps=20, final=0.1, clip=1.0)
 

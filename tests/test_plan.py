@@ -1,6 +1,6 @@
 """plan.py: its arithmetic against real tensors at small size, and the command line.
 
-Peaks of whole steps are compared in tests/benchmarks/memory.py, by hand: they take minutes.
+Peaks of whole steps are compared in tests/speed/memory.py, by hand: they take minutes.
 """
 import inspect
 import json
@@ -15,11 +15,11 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-import plan
+from scale import plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
-from optimizer import Optimizer
+from scale.optimizer import Optimizer
 from rollout import append_response
 from test_layout import class_config, layout, narrow
 

@@ -31,7 +31,7 @@ spec.loader.exec_module(prepare)
 
 import model as qwen  # noqa: E402
 from data import records, sources, tidy  # noqa: E402
-from grade import grade  # noqa: E402
+from benchmarks.grade import grade  # noqa: E402
 
 TRAIN = [["what color is the shape?", "red", 0], ["is there a circle?", "yes", 0],
          ["  is there a circle? ", "no\n", 1], ["what shape is present?", "triangle", 3]]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import cue_recovery
-import probe
+from analysis import probe
 from conftest import ROOT
 
 
@@ -54,9 +54,9 @@ def test_the_states_are_those_that_the_layers_read(tiny, records, sink):
 
 
 def test_the_grid_is_made_of_flags_that_exist():
-    """data/grid.sh hands its arms to distill.py; a flag that is gone would fail after an hour."""
+    """analysis/grid.sh hands its arms to distill.py; a flag that is gone would fail after an hour."""
     import distill
-    lines = (ROOT / "data" / "grid.sh").read_text().split('arms="')[1].split('"')[0]
+    lines = (ROOT / "analysis" / "grid.sh").read_text().split('arms="')[1].split('"')[0]
     arms = [line.split() for line in lines.strip().splitlines()]
     assert len(arms) == len({name for name, *_ in arms}) >= 9
     for _, *flags in arms:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
+from scale import checkpoint
 import cue_recovery
 import distill
 import evaluate
-import figures
+from analysis import figures
 import model as qwen
-import report
+from analysis import report
 import teacher as teaching
 from data import records as record_files
 from rollout import append_response
@@ -330,8 +330,8 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
                              ("[]", "expected a JSON object")):
         if content:
             (tmp_path / "args.json").write_text(content)
-        with pytest.raises(SystemExit, match=f"^evaluate.py: .*{message}") as error:
-            evaluate.main(["report", str(tmp_path)])
+        with pytest.raises(SystemExit, match=f"^report.py: .*{message}") as error:
+            report.main([str(tmp_path)])
         assert "\n" not in str(error.value)
 
 
@@ -339,13 +339,13 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path):
 
 def test_the_command_writes_the_page_and_the_pictures(finished, tmp_path, capsys):
     out = tmp_path / "new" / "r.html"
-    evaluate.main(["report", str(finished), "--out", str(out), "--records", "1", "--max-new-tokens",
-                   "5", "--pictures", str(tmp_path / "docs"), "--device", "cpu"])
+    report.main([str(finished), "--out", str(out), "--records", "1", "--max-new-tokens",
+                 "5", "--pictures", str(tmp_path / "docs"), "--device", "cpu"])
     assert "5 tokens" in out.read_text() and str(out) in capsys.readouterr().out
     for name in ("attention.png", "rollouts.png"):
         path = tmp_path / "docs" / name
         assert Image.open(path).width > 600 and path.stat().st_size < 150_000
     with pytest.raises(SystemExit, match="no pictures without answers"):
-        evaluate.main(["report", str(finished), "--out", str(out), "--records", "0", "--pictures",
-                       str(tmp_path / "docs")])
+        report.main([str(finished), "--out", str(out), "--records", "0", "--pictures",
+                     str(tmp_path / "docs")])
     assert "the models were not asked" in out.read_text()

@@ -600,7 +600,7 @@ def test_drawings_in_the_docstrings():
 
 def test_the_benchmark_still_measures(loaded):
     """benchmarks/rollout.py by its smallest case: all ways must stop where it meant them to."""
-    path = ROOT / "tests" / "benchmarks" / "rollout.py"
+    path = ROOT / "tests" / "speed" / "rollout.py"
     spec = importlib.util.spec_from_file_location("rollout_benchmark", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)

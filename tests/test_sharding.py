@@ -18,11 +18,11 @@ import torch
 
 from conftest import ROOT
 
-import checkpoint
+from scale import checkpoint
 import cue_recovery
 import distill
 import model as qwen
-import sharding
+from scale import sharding
 
 # 5 prompts on 2 ranks, some without a picture, one row a micro-batch: nothing is even.
 SMALL = ["--batch-size", "5", "--micro-batch-tokens", "1", "--max-new-tokens", "6", "--steps", "3",

@@ -9,7 +9,7 @@ from PIL import Image
 import cue_recovery
 import distill
 import teacher as teaching
-import vision
+from scale import vision
 from test_distill import KeepGradients, config
 
 

@@ -1,4 +1,4 @@
-"""optimizer.py - AdamW for a student in bf16 or fp32, with its own rate for the recovery module.
+"""scale/optimizer.py - AdamW for a student in bf16 or fp32, with its own rate for the recovery module.
 
 The idea.  A learning rate of 1e-6 changes a weight by far less than bf16 can resolve (about 0.4 %
 of its value), so updates applied to bf16 weights are rounded away and nothing is learnt. Therefore

@@ -1,4 +1,4 @@
-"""longrun.py - a run that may be stopped, killed or out of time or disk, and goes on.
+"""scale/longrun.py - a run that may be stopped, killed or out of time or disk, and goes on.
 
 The idea.  Days of training end in many ways, and in each the next `--resume` must find a state that
 is whole and go on as if nothing had been. What is written, and how a file is never half, is
@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import model as qwen
-import sharding
 import teacher as teaching
+from scale import checkpoint, sharding
 
 
 # ---------------------------------------------------------------------------- how a run ends

@@ -1,4 +1,4 @@
-"""figures.py - the drawings of a report: curves, coloured tokens, attention over a picture.
+"""analysis/figures.py - the drawings of a report: curves, coloured tokens, attention maps.
 
 The idea.  A figure should be right wherever it is looked at: in a mail, on a phone, in print, by
 someone who cannot tell orange from blue, or read out. So every curve is SVG text with a spoken
@@ -14,7 +14,7 @@ spread, as if evenly:
     log p_T(y_n | picture, question, hint, y_<n) - log p_theta(y_n | picture, question, y_<n)
     exp(-sum_i p_i log p_i)
 
-Use it alone (torch and pillow):
+Use it in another project (torch, pillow, and benchmarks/counting.py):
     curve = chart("loss", "Loss", [("loss", [(1, 2.0), (2, 1.5)], "a")])
     Path("loss.html").write_text(f"<meta charset=utf-8><style>{STYLE}</style>{curve}")
 
@@ -30,6 +30,8 @@ from html import escape
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.counting import percent
+
 # Dimension letters: h x w visual tokens of a picture, W x H the size of a chart.
 
 LEVELS = (0.1, 0.5, 1.5, 4.0)        # nats of difference from which a token is coloured stronger
@@ -42,16 +44,6 @@ HEAT = (106, 27, 154)                # violet: no shape of the toy world has it
 
 
 # ---------------------------------------------------------------------------- text and tables
-
-def percent(share: float, bounds=None) -> str:
-    """A share in percent, with the bounds of its interval.
-
-    >>> percent(0.5, (0.404, 0.596))
-    '50.0 [40.4, 59.6]'
-    """
-    ends = f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else ""
-    return f"{100 * share:.1f}{ends}"
-
 
 def missing(text: str) -> str:
     """What is not there, said in its place."""

@@ -1,4 +1,4 @@
-"""metrics.py - from graded answers to the numbers that the seven benchmarks publish.
+"""benchmarks/scores.py - from graded answers to the numbers that the seven benchmarks publish.
 
 The idea.  A score is a denominator and a rule, and most disagreements between two tables are about
 the denominator. Here it is the whole benchmark: a question that was not answered, was cut off, or

@@ -1,4 +1,4 @@
-r"""cues.py - have a vision-language model write cues (or rationales), and set aside what leaks.
+r"""data/cues.py - have a vision-language model write cues (or rationales), and set aside what leaks.
 
 The idea.  A cue S is what can be *seen* and matters, S = f(picture, question). The writer is shown
 the picture and the question and nothing else, so S cannot know the answer any better than the
@@ -9,11 +9,11 @@ finds that by rules; such a cue is drawn again, and what fails every try is set 
                             ^               '---> OUT.rejected.jsonl    after --retries more tries
                             '--- again, other draws
 
-In:  records (data/records.py) for `write-cues`; any JSONL with "cue" and "answer" for `audit`.
+In:  records (data/records.py) for `write`; any JSONL with "cue" and "answer" for `audit`.
 Out: records beside the source (picture paths stay valid), with the writer's model, prompt version,
      seed and rejected tries of every cue.
-Run  python teacher.py write-cues --model M --data my/train.jsonl --out my/cued.jsonl
-     python teacher.py audit my/cued.jsonl --examples 5
+Run  python data/cues.py write --model M --data my/train.jsonl --out my/cued.jsonl
+     python data/cues.py audit my/cued.jsonl --examples 5
 
 A rationale is written the same way (--kind rationale). It may state the answer, so the audit looks
 only for empty and cut-off ones, and it is kept only if its own final answer is right.
@@ -26,10 +26,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.counting import interval  # noqa: E402
+from benchmarks.grade import grade  # noqa: E402
+from data import records as record_files  # noqa: E402
+from data.leaks import audit  # noqa: E402
+from model import load, quiet  # noqa: E402
+from rollout import sample  # noqa: E402
+from scale.checkpoint import append_jsonl, read_jsonl, write_jsonl  # noqa: E402
 
 # Asked for under a version: change a word, change the version, and old cues can be told from new.
 PROMPT_VERSION = {"cue": "cue-1", "rationale": "rationale-1"}
@@ -56,9 +67,7 @@ def writer_view(record: dict, kind: str) -> dict:
 def reasons_against(text: str, record: dict, kind: str, stopped: bool) -> list[str]:
     """Why this text is not used; empty if it is."""
     if kind == "cue":
-        from leaks import audit
         return audit(text, record["answer"], record["question"], record.get("options"), stopped)
-    from grade import grade
     if not text.strip() or not stopped:
         return ["empty" if not text.strip() else "cut off"]
     right = grade(text, record["answer"], options=record.get("options")).correct
@@ -67,7 +76,6 @@ def reasons_against(text: str, record: dict, kind: str, stopped: bool) -> list[s
 
 def write_batch(model, processor, part: list[dict], args, start: int) -> list[dict]:
     """[{"text", "tries", "rejected": [[reason, ..], ..]}] for the records of one batch."""
-    from rollout import sample
     out = [{"text": None, "tries": 0, "rejected": []} for _ in part]
     for attempt in range(args.retries + 1):
         open_rows = [row for row, got in enumerate(out) if got["text"] is None]
@@ -91,12 +99,7 @@ def write_batch(model, processor, part: list[dict], args, start: int) -> list[di
 
 
 def write_cues(args) -> None:
-    """The command write-cues: every record ends up in OUT or in OUT's .rejected.jsonl."""
-    from tqdm import tqdm
-
-    from checkpoint import append_jsonl, read_jsonl, write_jsonl
-    from data import records as record_files
-    from model import load, quiet
+    """The command write: every record ends up in OUT or in OUT's .rejected.jsonl."""
     data, out = Path(args.data), Path(args.out)
     if out.resolve().parent != data.resolve().parent or out.resolve() == data.resolve():
         raise ValueError(f"--out {out} must be another file beside {data}: picture paths are "
@@ -143,8 +146,6 @@ def report_written(rows, refused, kind, out, rejected) -> None:
 
 def audit_file(args) -> None:
     """The command audit: the leak rate of anybody's cues, by reason, with examples."""
-    from evaluate import interval
-    from leaks import audit
     flagged, n, reasons = [], 0, Counter()
     for number, line in enumerate(Path(args.file).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -174,9 +175,9 @@ def audit_file(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="teacher.py", description="Write cues; audit them.")
+    parser = argparse.ArgumentParser(description="Write cues; audit them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write-cues", help="a model writes cues or rationales",
+    write = commands.add_parser("write", help="a model writes cues or rationales",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     write.add_argument("--model", required=True, help="checkpoint folder or hub name")
     write.add_argument("--data", required=True, help="records, JSONL")
@@ -197,9 +198,9 @@ def main(argv=None) -> None:
     look.add_argument("--examples", type=int, default=5)
     args = parser.parse_args(argv)
     try:
-        (write_cues if args.command == "write-cues" else audit_file)(args)
+        (write_cues if args.command == "write" else audit_file)(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"teacher.py: {error}")
+        raise SystemExit(f"cues.py: {error}")
 
 
 if __name__ == "__main__":

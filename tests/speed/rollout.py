@@ -17,7 +17,7 @@ spread evenly from T / 8 to T. `queue`: the same, in random order, of which 32 r
 reads four more when four have stopped, the others take 32 after 32. `toy` has no such hooks:
 greedy, the tiny checkpoint's own stops, and the tokens are compared.
 
-Run   OMP_NUM_THREADS=1 python tests/benchmarks/rollout.py [--quick] [--only mid] [--pairs 1]
+Run   OMP_NUM_THREADS=1 python tests/speed/rollout.py [--quick] [--only mid] [--pairs 1]
 On a CPU with one thread the ratios are of CPU seconds, which other people's work disturbs least;
 wall ratios stand beside them. On a GPU everything is wall time between synchronisations, and peak
 memory.

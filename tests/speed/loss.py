@@ -8,13 +8,13 @@ gradients (compared before anything is timed):
     trl     TRL's ChunkedDivergenceFunction: tiles of the vocabulary, logits made again in backward
     liger   Liger's fused linear JSD at beta 0, which is this KL
 
-    python tests/benchmarks/loss.py [--quick] [--threads 1] [--cpu-seconds] [--tokens 256 1024]
+    python tests/speed/loss.py [--quick] [--threads 1] [--cpu-seconds] [--tokens 256 1024]
 
 trl and liger are left out, with a line saying so, where they cannot be imported. To have them:
     python -m venv --system-site-packages /tmp/trl
     /tmp/trl/bin/pip install --no-deps trl liger-kernel accelerate datasets psutil
     /tmp/trl/bin/pip install pandas pyarrow multiprocess dill xxhash httpx
-    /tmp/trl/bin/python tests/benchmarks/loss.py
+    /tmp/trl/bin/python tests/speed/loss.py
 
 Memory is the peak above what the inputs take, of one call: on a CPU in a fresh process a case, as
 the kernel counts it (VmHWM); on a GPU as torch's allocator counts it. With a trainable head its

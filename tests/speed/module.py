@@ -5,7 +5,7 @@ departure 2). A is the textbook form: normalise the visual tokens, project all o
 and let torch's own attention kernel read them. B is cue_recovery.Block. Same weights, same input;
 first their values and every gradient must agree, then they are timed in turn.
 
-    python tests/benchmarks/module.py [--quick] [--threads 1] [--cpu-seconds]
+    python tests/speed/module.py [--quick] [--threads 1] [--cpu-seconds]
 
 The one equation, multiply-adds times 2 of one block for N visual tokens, D hidden, H heads:
     textbook  2 (2 D^2 + 2 N D^2 + 2 N D)        absorbed  2 (4 D^2 + 2 H N D)

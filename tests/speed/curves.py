@@ -5,8 +5,8 @@ visual tokens a picture, words of the vocabulary. A cost that grows like x^p is 
 slope p on log-log paper: 0 flat, 1 linear, 2 quadratic. Given are p over the whole sweep (least
 squares) and p of the last doubling, which is nearer to where a real run lies.
 
-    python tests/benchmarks/curves.py --picture docs/costs.png     about 12 minutes on one core
-    python tests/benchmarks/curves.py --quick                      below one
+    python tests/speed/curves.py --picture docs/costs.png     about 12 minutes on one core
+    python tests/speed/curves.py --quick                      below one
 
 The model is the 2B at an eighth of its width and half its depth, random weights. With 9,496 words,
 a sixteenth, its head has the 2B's share of a token's work. Attention has not: it shrinks by an

@@ -5,8 +5,8 @@ distill.training_step: --train cue, whose teacher is the student's own frozen ba
 of 512 x 512 pixels a prompt, 256 visual tokens, and a few sampled tokens. The tokenizer is the tiny
 checkpoint's, the vocabulary the 2B's 151,936 rows.
 
-Run:  OMP_NUM_THREADS=1 python tests/benchmarks/step_2b.py              7 GB by the plan
-      OMP_NUM_THREADS=1 python tests/benchmarks/step_2b.py --small      at an eighth of the width
+Run:  OMP_NUM_THREADS=1 python tests/speed/step_2b.py              7 GB by the plan
+      OMP_NUM_THREADS=1 python tests/speed/step_2b.py --small      at an eighth of the width
 It shows that the real shape goes through, with which memory; times on a CPU say nothing of a GPU,
 and random weights nothing of learning. Its last line is one JSON object.
 """
@@ -25,7 +25,7 @@ from memory import (MALLOC, Peaks, available, expected_peaks, measure, random_mo
 
 def shape(small: bool) -> dict:
     import model as qwen
-    import plan
+    from scale import plan
     config = plan.published("Qwen/Qwen3-VL-2B-Instruct")
     tiny = json.loads((qwen.TINY / "config.json").read_text())
     config |= {k: tiny[k] for k in ("image_token_id", "video_token_id")}
@@ -43,7 +43,7 @@ def shape(small: bool) -> dict:
 def run(args) -> dict:
     import torch
     import distill
-    import plan
+    from scale import plan
     config, data = shape(args.small), records(args.batch, 512)
     warm_up(distill, "bfloat16")
     peaks, started = Peaks(), time.time()

@@ -1,4 +1,4 @@
-r"""leaks.py - does a cue say only what is seen, or does it run ahead to the answer?
+r"""data/leaks.py - does a cue say only what is seen, or does it run ahead to the answer?
 
 The idea.  A cue is S = f(picture, question). Whoever wrote it without the answer cannot leak a
 secret, but can still do the student's thinking: state the result, calculate, compare, name the
@@ -14,8 +14,8 @@ and a cue without them is worthless. So a number is judged by how it is said: th
 
 In:  a cue, the answer, the question, the options if any.
 Out: a list of reasons, empty when the cue is clean.
-Run  python teacher.py audit my/cued.jsonl        (the command lives in cues.py)
-Copy this file together with grade.py; it needs only the standard library.
+Run  python data/cues.py audit my/cued.jsonl
+Copy this file together with benchmarks/grade.py; both need only the standard library.
 
 What is left out, and so what the rules cannot see
 1) Truth: a cue may describe a picture that does not exist.
@@ -27,6 +27,8 @@ The rules were tuned on one part of tests/leak_cases.jsonl and measured on a par
 from __future__ import annotations
 
 import re
+
+from benchmarks.grade import grade
 
 # Two kinds of reasons: the cue runs ahead of the eyes, or it is no evidence at all.
 LEAKS = ("answer", "option", "calculation", "formula", "theorem", "solving step", "comparison")
@@ -235,11 +237,6 @@ def _labelled(before: str) -> bool:
 # ---------------------------------------------------------------------------- stating the answer
 
 def _equal(candidate: str, gold: str) -> bool:
-    try:
-        from grade import grade
-    except ImportError as error:
-        raise ImportError("the audit compares by the grader's equality: put grade.py beside "
-                          "leaks.py") from error
     return grade(f"\\boxed{{{candidate}}}", gold, kind="math").correct
 
 

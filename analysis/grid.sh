@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The component table of the README: every arm is an ordinary distill.py command, three seeds each.
 #
-#     bash data/grid.sh                 all of it; what is done is skipped, what was killed goes on
-#     SEEDS="0" bash data/grid.sh       one seed
-#     JOBS=4 bash data/grid.sh          runs side by side, one thread each (default: one a core)
-#     FLAGS="--steps 20" bash data/grid.sh        for every arm alike
+#     bash analysis/grid.sh                 all of it; what is done is skipped, what was killed goes on
+#     SEEDS="0" bash analysis/grid.sh       one seed
+#     JOBS=4 bash analysis/grid.sh          runs side by side, one thread each (default: one a core)
+#     FLAGS="--steps 20" bash analysis/grid.sh        for every arm alike
 #
-# Afterwards: python evaluate.py compare runs/grid/*
+# Afterwards: python analysis/compare.py runs/grid/*
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid

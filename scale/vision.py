@@ -1,4 +1,4 @@
-"""vision.py - a frozen vision tower reads each picture once, not at every forward pass.
+"""scale/vision.py - a frozen vision tower reads each picture once, not at every forward pass.
 
 The idea.  A step of distillation shows each picture three times: to the student that samples, to
 the teacher that scores, to the student that is trained. While the tower is frozen, and the

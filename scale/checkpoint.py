@@ -1,4 +1,4 @@
-"""checkpoint.py - a run's folder: what is written while training, so that a killed run goes on.
+"""scale/checkpoint.py - a run's folder: what is written while training, so that a killed run goes on.
 
     runs/NAME/args.json          the settings of the run
     runs/NAME/metrics.jsonl      one object a step

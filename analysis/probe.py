@@ -1,4 +1,4 @@
-"""probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
+"""analysis/probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
 
 The idea.  The module is there so that the sink token's state holds what the cue says. That can be
 asked directly, without a single sampled token: read the prompts (no hint), take the sink's state at
@@ -12,8 +12,8 @@ The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fac
     W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
 
 Run
-    python probe.py --model runs/NAME/checkpoint          the sink that the run was trained with
-    python probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
+    python analysis/probe.py --model runs/NAME/checkpoint          the sink that the run was trained with
+    python analysis/probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
 
 What to expect.  Without the module the first token stands before everything: its state is the same
 number for every prompt, and the probe is at 50 %. The last token of the prompt has read it all
@@ -24,14 +24,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import records as record_files, toy
-from model import load, quiet
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import records as record_files, toy  # noqa: E402
+from model import load, quiet  # noqa: E402
 
 # Dimension letters: N records, D hidden, F facts.
 

@@ -1,4 +1,4 @@
-"""sharding.py - several processes, one student: each rank holds a slice of every weight (FSDP2).
+"""scale/sharding.py - several processes, one student: each rank holds a slice of every weight (FSDP2).
 
 The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards:
 rank r takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer

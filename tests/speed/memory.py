@@ -5,8 +5,8 @@ kernel's high-water mark of resident memory is set back and a step of the case i
 optimizer's moments there already). The mark less what was resident before, beside plan.plan() of
 the same settings, by phase and in all. The goal: within 15 %.
 
-Run:  OMP_NUM_THREADS=1 python tests/benchmarks/memory.py            about 10 minutes, up to 9 GB
-      OMP_NUM_THREADS=1 python tests/benchmarks/memory.py --quick    two small cases
+Run:  OMP_NUM_THREADS=1 python tests/speed/memory.py            about 10 minutes, up to 9 GB
+      OMP_NUM_THREADS=1 python tests/speed/memory.py --quick    two small cases
 Prints a table, a Markdown row a case, and as its last line one JSON object.
 
 glibc's malloc would keep freed blocks below 32 MB for itself, so it is told to hand blocks beyond
@@ -50,7 +50,7 @@ QUICK = ("0.05B all", "0.05B cue")
 def shape(size: str) -> dict:
     """config.json of a random model with the tiny checkpoint's tokenizer."""
     import model as qwen
-    import plan
+    from scale import plan
     (D, layers, heads, keys, d, F, V), (vD, vF, depth) = SIZES[size]
     config = plan.published("Qwen/Qwen3-VL-2B")
     tiny = json.loads((qwen.TINY / "config.json").read_text())
@@ -135,7 +135,7 @@ def run_case(name: str) -> dict:
     import tempfile
     import torch
     import distill
-    import plan
+    from scale import plan
     size, (rows, changes) = name.split()[0], CASES[name]
     data = records(12, SIDE[size])
     dtype = changes.get("dtype", "float32")

@@ -1,4 +1,4 @@
-"""compare.py - many runs as one table: which arm is better, by how much, and over how many seeds.
+"""analysis/compare.py - many runs as one table: which arm is better, by how much, how surely.
 
 The idea.  One run is one draw. Two arms (say, with and without the recovery module) differ for real
 only if they differ by more than two seeds of one arm do, so runs that differ in nothing but their
@@ -10,7 +10,7 @@ Out: a table in Markdown, printed, and with --out NAME also in NAME.md and, for 
 The one equation (m seeds, mean x, standard deviation s, t of m - 1 degrees of freedom):
     x +- t_{0.975, m - 1} s / sqrt(m)
 
-Run  python evaluate.py compare runs/a0 runs/a1 runs/b0 runs/b1 --out grid
+Run  python analysis/compare.py runs/a0 runs/a1 runs/b0 runs/b1 --out grid
 
 How to read it
 1) A student's interval is over seeds (Student's t) and one seed has none. The base and the teacher
@@ -22,7 +22,6 @@ How to read it
 3) Hint counts are sums over all seeds of the row: while training, and among the test answers.
 4) A run without result.json is listed as unfinished. Nothing is dropped without a word.
 
-Use it alone: standard library only, and checkpoint.py to read a run's folder.
 Left out: multiple-comparison corrections, and intervals over seeds and questions at once.
 """
 from __future__ import annotations
@@ -33,9 +32,15 @@ import io
 import json
 import math
 import re
+import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.counting import grid  # noqa: E402
+from distill import Config  # noqa: E402
+from scale.checkpoint import read_run  # noqa: E402
 
 # Settings that do not make another arm: who is asked, where it runs, how the work is cut up.
 NOT_ARM = ("seed", "name", "device", "attention", "sample_batch", "micro_batch_tokens",
@@ -118,7 +123,6 @@ class Run:
 
 def load_run(folder, defaults: dict | None = None) -> Run:
     """Raises OSError or ValueError naming the file. defaults: of settings newer than the run."""
-    from checkpoint import read_run
     run = Run(Path(folder), **read_run(folder))
     run.args = {**(defaults or {}), **run.args}
     if run.result and "student_accuracy" not in run.result:
@@ -315,15 +319,6 @@ def markdown(rows: list[dict], notes: list[str]) -> str:
     return text + ("\n" + "\n".join(f"Note: {note}." for note in notes) + "\n" if notes else "")
 
 
-def grid(table: list[list[str]]) -> str:
-    """A Markdown table that also reads well as plain text."""
-    table = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
-             for row in table]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
-
-
 def as_csv(rows: list[dict]) -> str:
     """The same rows with bare numbers, shares between 0 and 1, empty where there is none."""
     out = io.StringIO()
@@ -333,16 +328,18 @@ def as_csv(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-def main(argv=None, defaults: dict | None = None) -> None:
-    """`evaluate.py compare`. Raises OSError or ValueError for folders that are no runs."""
-    parser = argparse.ArgumentParser(prog="evaluate.py compare",
-                                     description=__doc__.split("\n\n")[0])
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", default="", metavar="NAME", help="also write NAME.md and NAME.csv")
     args = parser.parse_args(argv)
     found = list({Path(run).resolve(): run for run in args.runs}.values())     # each folder once
     files = [name for name in found if Path(name).is_file()]     # logs, say, that runs/* takes in
-    rows, notes = compare([load_run(name, defaults) for name in found if name not in files])
+    try:
+        defaults = asdict(Config())
+        rows, notes = compare([load_run(name, defaults) for name in found if name not in files])
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"compare.py: {error}")
     if files:
         notes.append(f"{len(files)} files left out, such as {files[0]}: a run is a folder")
     text = markdown(rows, notes)
@@ -353,3 +350,7 @@ def main(argv=None, defaults: dict | None = None) -> None:
         Path(name + ".md").write_text(text, encoding="utf-8")
         Path(name + ".csv").write_text(as_csv(rows), encoding="utf-8")
         print(f"\nwritten: {name}.md, {name}.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""plan.py - how much memory a run needs, by arithmetic, before anything is downloaded or loaded.
+"""scale/plan.py - how much memory a run needs, by arithmetic, before anything is downloaded or loaded.
 
 The idea.  Memory of a training step is a sum of products of sizes that stand in config.json and in
 the settings of the run. It has phases, and the largest decides:
@@ -25,7 +25,7 @@ What it assumes (limits, not averages)
 1) Prompts and answers are as long as the settings allow, and pictures fill the prompts.
 2) A micro-batch is full: of rows with short answers for the pictures, of long ones for the rest.
 3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two
-   are assumptions; the rest was compared with measured peaks on a CPU (tests/benchmarks/memory.py).
+   are assumptions; the rest was compared with measured peaks on a CPU (tests/speed/memory.py).
 4) Several GPUs (sharding.py): weights, gradients, optimizer and teacher are cut in N; each GPU also
    holds what is gathered to compute, and the whole model while it samples or is evaluated.
 5) A GB is 10^9 bytes; a "24 GB" card has a little more.

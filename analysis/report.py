@@ -1,4 +1,4 @@
-"""report.py - one run as one page: what changed, token by token and cell by cell.
+"""analysis/report.py - one run as one page: what changed, token by token and cell by cell.
 
 The idea.  A table says that a student got better; it does not say how. Two pictures do. Every token
 of an answer is coloured by what the teacher thinks of it, and the picture is covered with what the
@@ -12,8 +12,8 @@ Out: an HTML file; with --pictures also attention.png and rollouts.png for a REA
 The one equation (the colour of token n; what training pulls to zero on average):
     log p_T(y_n | picture, question, hint, y_<n) - log p_theta(y_n | picture, question, y_<n)
 
-Run  python evaluate.py report runs/NAME --out report.html
-     python evaluate.py report runs/NAME --pictures docs/
+Run  python analysis/report.py runs/NAME --out report.html
+     python analysis/report.py runs/NAME --pictures docs/
 
 Choices a reader may wonder about
 1) The answers are given now, greedily (as evaluate.py asks), by the run's starting model and by its
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import sys
 from dataclasses import dataclass, field, fields
 from html import escape
 from itertools import groupby
@@ -37,18 +38,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import checkpoint
-import longrun
-import teacher as teaching
-from data import records as record_files
-from figures import (SCRIPT, STYLE, attention_picture, attention_rows, chart, forest, frame,
-                     image_tag, legend, missing, percent, rollouts_picture, spread, table,
-                     token_spans)
-from model import load, quiet, to_rgb
-from rollout import sample
-
-# evaluate.py imports this file, and distill.py imports evaluate.py: what is needed of these two is
-# imported where it is used.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import distill  # noqa: E402
+import teacher as teaching  # noqa: E402
+from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows,  # noqa: E402
+                              chart, forest, frame, image_tag, legend, missing,
+                              rollouts_picture, spread, table, token_spans)
+from benchmarks.counting import percent  # noqa: E402
+from data import records as record_files  # noqa: E402
+from distill import HERE, TOY, Config, response_states  # noqa: E402
+from evaluate import judge, with_frames  # noqa: E402
+from model import load, quiet, to_rgb  # noqa: E402
+from rollout import sample  # noqa: E402
+from scale import checkpoint, longrun  # noqa: E402
 
 # Dimension letters: T response tokens, h x w visual tokens of a picture, D hidden, V vocabulary.
 
@@ -144,7 +146,6 @@ def read_run(folder) -> Run:
 
 def command_line(args: dict) -> tuple[str, dict[str, str]]:
     """The command that gives these settings, and each setting's help text."""
-    from distill import HERE, TOY, Config
     plain, words = {f.name: f.default for f in fields(Config)}, ["python", "distill.py"]
     if args.get("student") == plain["student"]:
         plain |= TOY
@@ -188,8 +189,6 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
 
     Whatever cannot be had is named in run.missing: a page about a killed run is still a page.
     """
-    import distill
-    from evaluate import with_frames
     config = distill.Config(**{f.name: run.args[f.name] for f in fields(distill.Config)
                                if f.name in run.args})
     if not torch.cuda.is_available():        # a run of another machine, looked at on this one
@@ -234,7 +233,6 @@ def load_averaged(teacher, run: Run) -> None:
 @torch.no_grad()
 def answer(student, teacher, processor, example: Example, max_new_tokens: int) -> Answer:
     """One record's greedy answer, scored by both, and where the sink looked while it was read."""
-    from evaluate import judge
     prompt = processor.prompt(example.record)
     batch = processor.batch([prompt], device=student.device)
     cue = getattr(student, "cue_recovery", None)
@@ -265,7 +263,7 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
 @torch.no_grad()
 def token_logprobs(model, processor, prompt, ids: torch.Tensor, chunk: int = 128) -> list[float]:
     """log p of every response token ids (T,) behind `prompt`, at temperature 1, nothing banned."""
-    from distill import response_states          # the very states that training scores
+    # the very states that training scores
     hidden = response_states(model, processor, [prompt], [0], ids[None],
                              torch.ones_like(ids[None], dtype=torch.bool))               # (T, D)
     out = []
@@ -572,9 +570,7 @@ def write_pictures(run: Run, folder: Path) -> list[Path]:
 
 
 def main(argv=None) -> None:
-    """`evaluate.py report`. Raises OSError or ValueError for a folder that is no run."""
-    parser = argparse.ArgumentParser(prog="evaluate.py report",
-                                     description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="the folder of a run")
     parser.add_argument("--out", default="", help="the page to write (default: RUN/report.html)")
@@ -587,6 +583,13 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", default="", help="(default: the run's own)")
     args = parser.parse_args(argv)
     quiet()
+    try:
+        report(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"report.py: {error}")
+
+
+def report(args) -> None:
     run = read_run(args.run)
     if args.records > 0:
         ask_models(run, args.records, args.max_new_tokens, args.device, args.dtype)
@@ -599,3 +602,7 @@ def main(argv=None) -> None:
     if args.pictures:
         for path in write_pictures(run, Path(args.pictures)):
             print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

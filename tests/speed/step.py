@@ -1,7 +1,7 @@
-"""tests/benchmarks/step.py - the whole step: where its time goes, and against whom it is fast.
+"""tests/speed/step.py - the whole step: where its time goes, and against whom it is fast.
 
-    python tests/benchmarks/step.py            about ten minutes on one slow core
-    python tests/benchmarks/step.py --quick    under one minute; noisy
+    python tests/speed/step.py            about ten minutes on one slow core
+    python tests/speed/step.py --quick    under one minute; noisy
     OMP_NUM_THREADS=1 is set unless you set it; the numbers of README.md were made so.
 
 Four questions, on the CPU, on copies that do not learn (a rate of 1e-12), so all rounds are alike.
@@ -44,9 +44,9 @@ import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import model as qwen  # noqa: E402
 import teacher as teaching  # noqa: E402
-import vision  # noqa: E402
+from scale import vision  # noqa: E402
 from data import records as record_files, toy  # noqa: E402
-from optimizer import Optimizer  # noqa: E402
+from scale.optimizer import Optimizer  # noqa: E402
 from rollout import append_response  # noqa: E402
 
 clock = time.process_time

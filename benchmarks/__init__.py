@@ -1,0 +1,1 @@
+"""The seven benchmarks: readers, grader, official scores, the runner."""

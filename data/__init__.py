@@ -1,0 +1,1 @@
+"""What makes data: records, worlds, converters, cue writing and its audit, the tiny checkpoint."""

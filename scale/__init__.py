@@ -1,0 +1,1 @@
+"""What a run needs beyond the method: fast decoder, optimizer, saving, sharding, memory plan."""
