@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from data import records as record_files, toy
 from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
@@ -110,11 +110,6 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 
 
 # ---------------------------------------------------------------------------- count
-
-def count_hints(response: str) -> int:
-    """How often the word "hint" stands there: whole word, any case (table 8)."""
-    return len(re.findall(r"\bhint\b", response, re.IGNORECASE))
-
 
 def summarise(rows: list[dict]) -> dict:
     """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""

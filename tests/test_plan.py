@@ -2,6 +2,7 @@
 
 Peaks of whole steps are compared in tests/speed/memory.py, by hand: they take minutes.
 """
+import dataclasses
 import inspect
 import json
 import re
@@ -20,7 +21,6 @@ import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
 from scale.optimizer import Optimizer
-from rollout import append_response
 from test_layout import class_config, layout, narrow
 
 TINY = json.loads((qwen.TINY / "config.json").read_text())
@@ -116,10 +116,10 @@ def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]
     image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
     prompts = [qwen.Prompt([5] * (prompt - 64 - n) + [image] * 64, torch.randn(patches, 384),
                            [(1, 16, 16)]) for n in range(rows)]            # n: so that it is padded
-    padded = processor.batch(prompts)
-    batch = distill.close_gaps(append_response(padded, torch.full((rows, answer), 7),
-                                               torch.full((rows,), answer)))
-    end = padded["attention_mask"].sum(dim=1)
+    both = [dataclasses.replace(p, ids=p.ids + [7] * answer) for p in prompts]
+    batch = processor.batch(both, side="right")
+    del batch["attention_mask"], batch["mm_token_type_ids"]
+    end = torch.tensor([len(p.ids) for p in prompts])
     seen = {p.untyped_storage().data_ptr(): None for p in model.parameters()}
 
     def pack(tensor):

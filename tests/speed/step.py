@@ -66,10 +66,11 @@ def optimizer_of(student, train="all") -> Optimizer:
 def ours(student, teacher, processor, config):
     """A function (records, step) -> mean length, that makes one step of distill.py."""
     optimizer = optimizer_of(student, config.train)
+    scale = distill.scale_for(config, student, teacher, processor)
 
     def step(records, number):
-        metrics, _ = distill.training_step(student, teacher, processor, records, config, number,
-                                           optimizer)
+        metrics, _ = distill.run_step(student, teacher, processor, records, config, number,
+                                      optimizer, scale)
         return metrics["length"]
     return step
 
@@ -277,10 +278,11 @@ def phases(batches, config) -> dict[str, float]:
     """{phase: CPU seconds a step}, with "the rest" (metrics, decoding, Python between)."""
     student, teacher, processor = models(config)
     optimizer = optimizer_of(student, config.train)
+    scale = distill.scale_for(config, student, teacher, processor)
 
     def step(number):
-        distill.training_step(student, teacher, processor, batches[number], config, number,
-                              optimizer)
+        distill.run_step(student, teacher, processor, batches[number], config, number, optimizer,
+                         scale)
     step(0)
     watch = Phases(student, teacher, processor, optimizer)
 
