@@ -53,6 +53,7 @@ from data import records as record_files, toy
 from loss import distill_loss
 from rollout import Rollout, append_response, sample
 from scale import checkpoint, longrun, plan, sharding, vision
+from scale.decoder import FastDecoder
 from scale.optimizer import Optimizer
 
 # Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden size,
@@ -249,7 +250,7 @@ def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
     return sample(student, read(max(1, config.sample_batch // K)), more=read,
                   max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                   top_p=config.top_p, top_k=config.top_k, samples_per_prompt=K, uniforms=uniforms,
-                  **processor.sampling)
+                  decoder=FastDecoder, **processor.sampling)
 
 
 def response_states(model, processor, prompts, rows, ids, mask, blanks=()) -> torch.Tensor:

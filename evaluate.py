@@ -38,6 +38,7 @@ from data import records as record_files, toy
 from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.decoder import FastDecoder
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
@@ -83,7 +84,8 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
         read = processor.in_turn(prompts, model.device)
         got = sample(model, read(batch_size), more=read, max_new_tokens=max_new_tokens,
                      temperature=temperature, top_p=top_p, top_k=top_k,
-                     presence_penalty=presence_penalty, generator=generator, **processor.sampling)
+                     presence_penalty=presence_penalty, generator=generator,
+                     decoder=FastDecoder, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
                in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
 
@@ -267,7 +269,7 @@ def main_ask(args) -> None:
     batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
     got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
                  temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                 presence_penalty=args.presence_penalty, **processor.sampling,
+                 presence_penalty=args.presence_penalty, decoder=FastDecoder, **processor.sampling,
                  generator=torch.Generator().manual_seed(args.seed))
     print(processor.decode(got.ids[0]))
     if not got.stopped[0]:
