@@ -53,8 +53,9 @@ import model as qwen
 import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
-from rollout import Rollout, sample
+from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, longrun, offload, plan, sharding, vision
+from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
 
@@ -242,7 +243,7 @@ def sample_responses(student, processor, prompts, uniforms, config, decoder) -> 
         none = torch.zeros(0, 1, device=student.device)
         return Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
     read = processor.in_turn(prompts, student.device)
-    return sample(student, read(max(1, config.sample_batch // K)), more=read,
+    return sample(student, read(max(1, config.sample_batch // K)), more=read, decoder=decoder,
                   max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                   top_p=config.top_p, top_k=config.top_k, samples_per_prompt=K,
                   uniforms=uniforms.flatten(0, 1), **processor.sampling)
@@ -313,7 +314,7 @@ def teacher_states(teacher, groups, read):
 @dataclass
 class Scale:
     """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
-    decoder: type = None              # how sample() reads prompts and takes a step
+    decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
     sampling: Callable = nullcontext          # around sampling: the student's weights in one place
     hidden: Callable = last_hidden_state      # (model, batch) -> last hidden states
     teach: Callable = teacher_states          # (teacher, groups, read) -> what teacher_states yields
@@ -408,12 +409,12 @@ def build_models(config: Config):
 
 def scale_for(config: Config, student, teacher, processor) -> Scale:
     """The parts of scale/ that this run needs."""
-    scale = Scale(decoder=None)
+    scale = Scale(decoder=FastDecoder)
     if sharding.world > 1:
         def teach(*arguments):
             yield from teacher_states(*arguments)
             sharding.release(teacher)
-        return Scale(None, sharding.gathered, sharding.last_hidden_state, teach,
+        return Scale(FastDecoder, sharding.gathered, sharding.last_hidden_state, teach,
                      partial(sharding.even_out, processor))
     if config.offload_teacher:
         scale.teach = partial(offload.teach, student.device)

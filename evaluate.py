@@ -37,6 +37,7 @@ from data import records as record_files, toy
 from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.decoder import FastDecoder
 from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
@@ -82,10 +83,10 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
         prompts = (processor.prompt(r, hint(r)) for r in map(with_frames, part))
         read = processor.in_turn(prompts, model.device)
         got = sample(model, read(batch_size), more=read, max_new_tokens=max_new_tokens,
-                     temperature=temperature, top_p=top_p, top_k=top_k,
+                     temperature=temperature, top_p=top_p, top_k=top_k, decoder=FastDecoder,
                      presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
-               in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
+               in zip(part, got.ids.tolist(), got.lengths.tolist(), got.stopped.tolist())]
 
 
 def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:

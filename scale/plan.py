@@ -46,7 +46,7 @@ GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
 SLACK = 0.05                 # of the peak, for gaps
 CHUNK, ROWS = 256, 16        # tokens with logits, and with float32 copies, at one time: loss.py's
-ROOM, JOIN = 128, 8          # tokens by which the cache grows, places that are filled: rollout.py's
+ROOM, JOIN = 128, 8          # columns the cache grows by (decoder.py), free places (rollout.py)
 GROUP = 4                    # batches of an evaluation whose prompts wait: evaluate.py's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -37,6 +37,7 @@ ALONE = {
 }
 # Files to be copied in company, the one they need given.
 COMPANY = {"data/leaks.py": ("benchmarks/grade.py", "audit('A red circle.', '4')"),
+           "scale/decoder.py": ("rollout.py", "fill_gaps([0, 2])"),
            "analysis/figures.py": ("benchmarks/counting.py", "missing('x')")}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scale import checkpoint, longrun, offload
+from scale.decoder import FastDecoder
 import cue_recovery
 import distill
 import evaluate
@@ -51,7 +52,8 @@ def rows_of(student, processor, prompts, settings, seed):
     """The rollout of a step's prompts, each K times."""
     settings = dataclasses.replace(settings, batch_size=len(prompts), seed=seed)
     return distill.sample_responses(student, processor, prompts,
-                                    distill.uniform_numbers(settings, 0), settings, None)
+                                    distill.uniform_numbers(settings, 0), settings,
+                                    FastDecoder)
 
 
 def one_step(tiny, records, step=0, **changes):

@@ -16,7 +16,7 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-from scale import plan
+from scale import decoder, plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
@@ -78,13 +78,13 @@ def test_cache_is_that_of_the_sampler(loaded, records):
     """Two samples of each of two prompts: the bytes of every layer's keys and values, and room."""
     model, processor = loaded
     batch = processor.batch([processor.prompt(records[0])] * 2)
+    sampler = decoder.FastDecoder(model)
     with torch.no_grad():
-        output = model(**batch, use_cache=True)
-    cache = rollout._joined(None, getattr(output, "cache", None) or output.past_key_values, 2, 0)
+        sampler.read(batch, 2)
     made = plan.plan(run_of(max_prompt_tokens=batch["input_ids"].shape[1], samples_per_prompt=2,
                             batch_size=2), TINY)
-    assert made.parts["key/value cache"] == size_of(cache.buffers)
-    assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (rollout.KVCache.ROOM, inspect.signature(
+    assert made.parts["key/value cache"] == size_of(sampler.cache.buffers)
+    assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (decoder.ROOM, inspect.signature(
         distill_loss).parameters["chunk"].default, ROWS)
     assert (plan.JOIN, plan.GROUP) == (rollout.JOIN, evaluate.GROUP)
 
