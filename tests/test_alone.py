@@ -13,7 +13,7 @@ from conftest import ROOT
 # Each file that says it stands alone, with one call of its main function.
 ALONE = {
     "model.py": "fit(100, 200, 32, 1024, 4096 * 4096)",
-    "cue_recovery.py": "Block(8, 2, 1e-6, None)(torch.ones(1, 3, 8), torch.tensor([0]), "
+    "cue_recovery.py": "Block(8, 2, 1e-6)(torch.ones(1, 3, 8), torch.tensor([0]), "
                        "torch.tensor([[True]]), 1, 2)",
     "teacher.py": "hint({'cue': 'a red circle'}, 'cue')",
     "rollout.py": "append_response({'input_ids': torch.ones(1, 2).long(), 'attention_mask': "

@@ -59,7 +59,7 @@ def absorbed(block, x, sink, visual, lo, hi):
 def make(B, N, dtype, hidden=HIDDEN, heads=HEADS):
     """A block with random weights, and states of B rows with N visual tokens each."""
     g = torch.Generator().manual_seed(0)
-    block = Block(hidden, heads, 1e-6, SimpleNamespace())
+    block = Block(hidden, heads, 1e-6)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if "norm" in name:
