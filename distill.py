@@ -224,7 +224,8 @@ def read_prompts(student, teacher, processor, records, config) -> tuple[list, li
     if config.train != "all" and config.teacher == "self" and sharding.world == 1:
         # one frozen tower in both models: each picture goes through it once, not three times
         prompts = vision.read_once(prompts, student, teacher, rows=config.sample_batch)
-    hinted = [processor.prompt(record, teaching.hint(record, config.privilege), seen=prompt)
+    hinted = [processor.prompt(record, teaching.hint(record, config.privilege),
+                               pictures_from=prompt)
               for record, prompt in zip(mine, prompts)]
     K = config.samples_per_prompt
     return [p for p in prompts for _ in range(K)], [p for p in hinted for _ in range(K)]
