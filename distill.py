@@ -228,7 +228,8 @@ def read_prompts(processor, records, privilege: str, read_pictures=None) -> tupl
         prompts = list(pool.map(processor.prompt, records))
     if read_pictures:
         prompts = read_pictures(prompts)
-    return prompts, [processor.prompt(record, teaching.hint(record, privilege), seen=prompt)
+    return prompts, [processor.prompt(record, teaching.hint(record, privilege),
+                                        pictures_from=prompt)
                      for record, prompt in zip(records, prompts)]
 
 

@@ -252,7 +252,7 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
         if cue is not None:
             cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    hinted = processor.prompt(example.record, example.hint, seen=prompt)
+    hinted = processor.prompt(example.record, example.hint, pictures_from=prompt)
     verdict = judge(example.record, processor.decode(ids), bool(got.stopped[0]), len(ids))
     return Answer(pieces(ids.tolist(), processor.decode),
                   token_logprobs(student, processor, prompt, ids),

@@ -692,7 +692,7 @@ def test_a_hinted_prompt_can_take_the_pictures_of_the_plain_one(loaded, records,
         plain, whole = processor.prompt(record), processor.prompt(record, "look")
         with monkeypatch.context() as patch:
             patch.setattr(qwen, "patchify", None)
-            taken = processor.prompt(record, "look", seen=plain)
+            taken = processor.prompt(record, "look", pictures_from=plain)
         assert (taken.ids, taken.grids, taken.video_grids) == (
             whole.ids, whole.grids, whole.video_grids)
         assert taken.pixels is plain.pixels and taken.video is plain.video
