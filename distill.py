@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,6 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-import cue_recovery
 import evaluate
 import model as qwen
 import teacher as teaching
@@ -55,6 +55,7 @@ from data import records as record_files, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, longrun, offload, plan, sharding, vision
+from scale.build import build_models
 from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
@@ -125,6 +126,8 @@ class Config:
                               low=0)
     max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit", low=0)
     device: str = option("", "cuda, cpu, ...; empty for cuda if there is one")
+    threads: int = option(0, "CPU threads, 0 for torch's choice; OMP_NUM_THREADS, if set, decides",
+                          low=0)
     dtype: str = option("", "of the weights; empty for float32 on a CPU, else bfloat16")
     plan: bool = option(False, "print how much memory the run needs, and stop")
     gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits",
@@ -135,7 +138,7 @@ class Config:
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
-           lr=5e-4, cue_lr=1.5e-3, attention="eager")
+           lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1)
 
 
 def read_config(argv=None) -> tuple[Config, Path | None]:
@@ -365,49 +368,6 @@ def choose_weights(student, train: str) -> list:
     return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
 
 
-def build_models(config: Config):
-    """Student (with the module), teacher (without), and the student's processor."""
-    if config.offload_teacher and config.teacher == "ema":
-        raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
-                         "stay beside the student")
-    if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
-        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
-                         "several, each holds its slice on its own GPU")
-    options = sharding.load_options(dict(
-        dtype=config.dtype or None, device=config.device or None, attention=config.attention,
-        min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None))
-    student, processor = qwen.load(config.student, **options)
-    if config.teacher == "self" and config.train == "cue" and sharding.world == 1:
-        teacher = student        # its backbone stays as it is; the module is off while it teaches
-    elif config.teacher in ("self", "ema"):
-        teacher = teaching.frozen_copy(student)
-        if config.teacher == "ema":
-            teacher = teacher.float()        # in bf16 an average would be rounded to where it was
-    else:
-        there = {"device": "cpu"} if config.offload_teacher else {}
-        teacher, other = qwen.load(config.teacher, cue=False,
-                                   **{**options, "dtype": student.dtype, **there})
-        teaching.check_same_vocabulary(processor.vocab, other.vocab, len(student.lm_head.weight),
-                                       len(teacher.lm_head.weight))
-        if (processor.patch, processor.merge) != (other.patch, other.merge):
-            raise ValueError(f"student and teacher cut pictures into patches of {processor.patch} "
-                             f"and {other.patch} pixels, so they cannot read the same prompt")
-        print(f"stop ids: student {sorted(processor.stop_ids)}, teacher {sorted(other.stop_ids)}")
-        teaching.freeze(teacher)
-    if config.offload_teacher and teacher is not student:
-        teacher.to("cpu")
-    if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
-        depth = student.config.text_config.num_hidden_layers
-        cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
-                            sink=config.sink)
-    if config.gradient_checkpointing:
-        # renamed in transformers 5.24, the old name warns
-        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
-    for model in (student, teacher):         # last: by now every hook is registered
-        sharding.shard(model)
-    return student, teacher, processor
-
-
 def scale_for(config: Config, student, teacher, processor) -> Scale:
     """The parts of scale/ that this run needs."""
     scale = Scale(decoder=FastDecoder)
@@ -518,32 +478,18 @@ def finish(student, processor, test, config, scale, folder, before, started) -> 
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
-    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
-    metrics[-1]["accuracy"] = after["accuracy"]
-    checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
-    best = max((m for m in metrics if "accuracy" in m), key=lambda m: m["accuracy"])
-    if config.keep:
-        best = checkpoint.keep_best(folder, longrun.evaluation(metrics[-1]["step"], after), save)
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    result = longrun.result(config, metrics, models, best, time.time() - started, student)
-    checkpoint.write_json(folder / "result.json", result)
-    print(evaluate.before_after(before["rows"], rows))
-    print(evaluate.table(models))
-    why = longrun.spent(metrics, config)
-    if why and len(metrics) < config.steps:
-        print(f"ended by {why} after step {len(metrics)} of {config.steps}; raise it to go on")
-    print(f"best of {sum('accuracy' in m for m in metrics)} evaluations: step {best['step']}, "
-          f"accuracy {evaluate.percent(best['accuracy'])} %"
-          + (f", kept in {folder / 'best'}" if config.keep else ""))
-    print(f"rollouts with the word \"hint\": {result['hint_rows']} of {result['rollouts']}\n"
-          f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with"
-          f"\n  python evaluate.py --model {folder / 'checkpoint'}")
+    lines = longrun.write_result(folder, config, models, save, time.time() - started, student)
+    print(evaluate.before_after(before["rows"], rows), evaluate.table(models), *lines, sep="\n")
 
 
 @sharding.peers()
 def main(argv=None) -> None:
     config, resume = read_config(argv)
     qwen.quiet()
+    if config.threads and "OMP_NUM_THREADS" not in os.environ:
+        # two threads that share a busy core wait for each other at every product: docs/speed.md
+        torch.set_num_threads(config.threads)
     started = time.time()
     try:
         if config.plan:

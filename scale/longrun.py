@@ -169,12 +169,21 @@ def save_state(folder: Path, step: int, optimizer, teacher, config, fatal: bool)
             checkpoint.save_state(folder / "state", step, tensors)
 
 
-def result(config, metrics: list[dict], models: dict, best: dict, seconds: float, student) -> dict:
-    """What result.json holds. models: summaries of base, teacher and student."""
+def write_result(folder: Path, config, models: dict, save, seconds: float, student) -> list[str]:
+    """result.json, and the last line of metrics.jsonl again with its accuracy; returns what to say.
+
+    models: the summaries of base, teacher and student. save(folder, notes): writes the student.
+    """
+    metrics, after = checkpoint.read_jsonl(folder / "metrics.jsonl"), models["student"]
+    metrics[-1]["accuracy"] = after["accuracy"]
+    checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
+    evaluated = [m for m in metrics if "accuracy" in m]
+    best = max(evaluated, key=lambda m: m["accuracy"])
+    if config.keep:
+        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], after), save)
     out = {f"{name}_{key}": value for name, summary in models.items()
-           for key, value in summary.items() if key != "n"}
-    return out | {
-        "n": models["student"]["n"], "seconds": round(seconds, 1), "steps": len(metrics),
+           for key, value in summary.items() if key != "n"} | {
+        "n": after["n"], "seconds": round(seconds, 1), "steps": len(metrics),
         "tokens": sum(m.get("tokens", 0) for m in metrics),
         "best": {"step": best["step"], "accuracy": best["accuracy"],
                  "folder": "best" if config.keep else None},
@@ -182,6 +191,15 @@ def result(config, metrics: list[dict], models: dict, best: dict, seconds: float
         "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
         "parameters_added": sum(p.numel() for name, p in student.named_parameters()
                                 if name.startswith("cue_recovery."))}
+    checkpoint.write_json(folder / "result.json", out)
+    limit, path = spent(metrics, config), folder / "checkpoint"
+    ended = f"ended by {limit} after step {len(metrics)} of {config.steps}; raise it to go on"
+    return [*([ended] if limit and len(metrics) < config.steps else []),
+            f"best of {len(evaluated)} evaluations: step {best['step']}, accuracy "
+            f"{100 * best['accuracy']:.1f} %" + (f", kept in {folder / 'best'}" * bool(config.keep)),
+            f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
+            f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",
+            f"  python evaluate.py --model {path}"]
 
 
 # ---------------------------------------------------------------------------- how it goes on
