@@ -133,7 +133,7 @@ def find_folder(path, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:      # the hub and what is below it raise many kinds
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
         page, login = f"{constants.ENDPOINT}/{path}", "log in with `hf auth login`"
         if isinstance(error, errors.GatedRepoError) or status == 403:
             advice = f"access is restricted: accept the licence on {page} and {login}"
