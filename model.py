@@ -6,25 +6,32 @@ A prompt is a list of token ids and, for each picture, a stack of flattened patc
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n
-    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\n[Hint]: hint]<|im_end|>\\n
-    <|im_start|>assistant\\n
+    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\ninstruction][\\n[Hint]: hint]<|im_end|>\\n
+    <|im_start|>assistant\\n[<think>\\n, where the checkpoint's own chat template ends so]
 
-In:  a record {"images": [paths or PIL images], "question": str} and, for the teacher, a hint; a
-     video is {"video": [frames], "fps": 2.0}, or with "seconds", the time of each frame.
+In:  a record {"images": [paths or PIL images], "question": str} with, if it likes, "instruction"
+     (how to answer), and a hint for the teacher; a video is {"video": [frames], "fps": 2.0}, or
+     with "seconds", the time of each frame.
 Out: Prompt(ids, pixels, grids); batch() pads several into the keyword arguments of the model.
 
 The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  visual tokens (P =
 patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
-tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja.
+tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja. What is wrong
+with a checkpoint shows before its weights are fetched:
+    check_placement(device, dtype, attention)       names that this machine knows
+    processor = Processor(find_folder(path, weights=False))      the checkpoint's small files
+    model, processor = load(path)                   does both first, then reads the weights
 
 What differs from the class's own processor, and why:
 1) Text from a record can never become a control token. The stock tokenizer turns the string
    "<|im_end|>" inside a question into the id that ends the turn; here it stays plain text.
 2) M-RoPE positions are computed once, here, and passed to the model. Left to itself the model keeps
    them as hidden state between calls (`rope_deltas`), which a teacher's forward pass overwrites.
-3) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the
+3) A chat template is read, not run: only how it ends is taken over, and one that this project
+   does not know is refused, since prompts would silently differ from those the model knows.
+4) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the
    RGB picture that a viewer would show.
 Left out: decoding a video file (give frames), tool calls and multi-turn chats.
 """
@@ -33,8 +40,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -45,68 +54,122 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
+PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
+ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
+                 "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "float64": torch.float64}
+ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
+             "flash_attention_3": "flash_attn_interface"}      # name -> the package it needs
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "chat_template.json", "preprocessor_config.json", "generation_config.json",
-                   "vocab.json", "merges.txt", "video_preprocessor_config.json")
+                   "chat_template.json", "preprocessor_config.json", "processor_config.json",
+                   "generation_config.json", "vocab.json", "merges.txt",
+                   "video_preprocessor_config.json")
 
 # Dimension letters: B rows, L tokens, P patch size, N visual tokens.
 
 
 # ---------------------------------------------------------------------------- load and save
 
-def find_folder(path) -> Path:
-    """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub."""
+def check_placement(device=None, dtype=None,
+                    attention: str = "sdpa") -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that these names mean; ValueError for what cannot work on this machine.
+
+    device: default cuda if there is one, else cpu. dtype: default float32 on the CPU, bfloat16 on
+    an accelerator (an Apple GPU has it from macOS 14).
+    """
+    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available()}
+    name = str(device or ("cuda" if here["cuda"] else "cpu"))
+    if not re.fullmatch(r"(cpu|meta|mps|cuda)(:\d+)?", name):
+        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N, mps")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not here[device.type] or (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device here "
+                         f"(it finds {', '.join(k for k in here if here[k] and k != 'meta')})")
+    if not dtype:
+        half = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+        dtype = torch.bfloat16 if half and device.type != "cpu" else torch.float32
+    dtype = DTYPES.get(str(dtype).removeprefix("torch."), dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device.type == "mps" and dtype == torch.float64:
+        raise ValueError("--dtype float64: an Apple GPU (mps) has no such numbers, take float32")
+    if attention not in ATTENTION:
+        raise ValueError(f"--attention {attention!r} is none of {', '.join(ATTENTION)}")
+    package = ATTENTION[attention]
+    if package and not (here["cuda"] and find_spec(package)):
+        raise ValueError(f"--attention {attention} needs a CUDA GPU and the package {package}; "
+                         "sdpa needs neither")
+    if package and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
+                         f"{str(dtype).removeprefix('torch.')}; sdpa does")
+    return device, dtype
+
+
+def find_folder(path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
+
+    weights=False fetches only what is small (settings, tokenizer, the module's file), enough for
+    Processor(), and for a process that another one sends its weights. ConnectionError says in one
+    line what to do when the hub does not give the files.
+    """
     if Path(path).is_dir():
         return Path(path)
     old = Path(f"{Path(path)}.old")
     if old.is_dir():        # save() was killed between its two renames, so the old one is the last
-        print(f"{path} is not there, reading {old}, which a killed save left behind")
+        if weights:         # said once: load() looks for the small files first
+            print(f"{path} is not there, reading {old}, which a killed save left behind")
         return old
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
                                 f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
+    patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors" if weights else CUE_FILE]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.txt",
-                                                                 "*.safetensors"]))
-    except Exception as error:  # offline, no such name, no permission: the hub raises many kinds
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ConnectionError(f"cannot get {path} from the hub ({type(error).__name__}: {reason}); "
-                              f"give a local folder, or leave --student out for the tiny default "
-                              f"{TINY}") from None
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:      # the hub and what is below it raise many kinds
+        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+        page, login = f"{constants.ENDPOINT}/{path}", "log in with `hf auth login`"
+        if isinstance(error, errors.GatedRepoError) or status == 403:
+            advice = f"access is restricted: accept the licence on {page} and {login}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            advice = f"there is no such model, or it is private: check the name, or {login}"
+        elif constants.HF_HUB_OFFLINE:
+            advice = "not all of it is in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
+        else:
+            advice = "run again, what is there is kept and a cut file goes on where it was cut"
+        reason = " ".join(str(error).split())[:160]
+        raise ConnectionError(f"cannot get {path} from the hub: {advice}; or give a local folder, "
+                              f"as the tiny {TINY} ({type(error).__name__}: {reason})") from None
 
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
          cue: bool = True):
-    """A checkpoint folder or hub name -> (Qwen3VLForConditionalGeneration in eval mode, Processor).
+    """A checkpoint folder or hub name -> (model in eval mode, Processor).
 
-    dtype: default float32 on the CPU, bfloat16 on an accelerator. device: default cuda if there is
-    one, else cpu. If the folder holds cue_recovery.safetensors the module is attached (`cue=False`
-    leaves it out, as every teacher needs). Raises for another architecture, and for a checkpoint
-    whose weights are not exactly the model's: one missing, one too many, one of another shape.
+    The model is transformers' Qwen3VLForConditionalGeneration or Qwen3VLMoeForConditionalGeneration.
+    dtype, device: see check_placement(). If the folder holds cue_recovery.safetensors the module is
+    attached (`cue=False` leaves it out, as every teacher needs). Raises for another architecture,
+    and for a checkpoint whose weights are not exactly the model's: one missing, one too many, one
+    of another shape.
     """
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
-    folder = find_folder(path)
-    kind = _read_json(folder / "config.json").get("model_type")
-    if kind != "qwen3_vl":
-        raise ValueError(f"{folder}: model_type is {kind!r}, this project handles 'qwen3_vl'")
-    processor = Processor(folder, min_pixels, max_pixels)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    device, dtype = check_placement(device, dtype, attention)
+    processor = Processor(find_folder(path, weights=False), min_pixels, max_pixels)
     if device.type == "meta":       # shapes without numbers, which another process will send
+        import transformers
+        folder, config = processor.folder, transformers.AutoConfig.from_pretrained(processor.folder)
         with device:
-            config = AutoConfig.from_pretrained(folder)
-            model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype,
-                                                                 attn_implementation=attention)
+            model = getattr(transformers, ARCHITECTURES[config.model_type])._from_config(
+                config, dtype=dtype, attn_implementation=attention)
     else:
-        model = _read_weights(folder, dtype, attention)
-    model = model.to(device).eval()
+        folder = find_folder(path)
+        model = _read_weights(folder, device, dtype, attention)
+    model.eval()
     if cue and (folder / CUE_FILE).exists():
         try:
             import cue_recovery
@@ -117,9 +180,37 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
-def _read_weights(folder: Path, dtype, attention: str):
-    """The model of a folder that has exactly its weights."""
-    from transformers import Qwen3VLForConditionalGeneration
+def read_config(folder) -> dict:
+    """config.json of a checkpoint that load() can read; ValueError says what to do with others."""
+    folder = Path(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        base = _read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(f"{folder} holds an adapter only, no model: merge it into {base} (peft: "
+                         "merge_and_unload(), then save_pretrained()) and give the merged folder")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") not in ARCHITECTURES:
+        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, this project "
+                         f"handles {' and '.join(map(repr, ARCHITECTURES))}")
+    quantised = _quantised(config)
+    if quantised:
+        from transformers.quantizers import AutoHfQuantizer
+        try:
+            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
+        except Exception as error:      # a library, a GPU or the method itself is not there
+            raise ValueError(f"{folder}: the weights are quantised ({quantised.get('quant_method')}"
+                             f") and cannot be read here: {' '.join(str(error).split())}; the "
+                             "checkpoint without quantisation needs nothing more") from None
+    return config
+
+
+def _quantised(config: dict) -> dict | None:
+    return config.get("quantization_config") or config["text_config"].get("quantization_config")
+
+
+def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attention: str):
+    """The model of a folder that has exactly its weights, on `device`."""
+    import transformers
     names, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         names = set(_read_json(index).get("weight_map", {}).values())
@@ -127,11 +218,14 @@ def _read_weights(folder: Path, dtype, attention: str):
     if absent or not names:
         raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are "
                                 f"missing: {absent[:5]}")
+    config = _read_json(folder / "config.json")
+    # quantised weights go straight to their device: their kernels are chosen for it
+    there = {"device_map": {"": device}} if _quantised(config) else {}
     try:
         # ignore: a wrong shape is to be reported below, by name, with the others
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+        model, info = getattr(transformers, ARCHITECTURES[config["model_type"]]).from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
-            local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True)
+            local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True, **there)
     except SafetensorError as error:
         raise ValueError(f"{folder}: damaged weights, perhaps an unfinished download: "
                          f"{error}") from None
@@ -142,13 +236,18 @@ def _read_weights(folder: Path, dtype, attention: str):
     for what, names in wrong.items():
         if names:
             raise ValueError(f"{folder}: {len(names)} weights are {what}: {sorted(names)[:5]}")
-    return model
+    return model if there else model.to(device)
 
 
 def quiet() -> None:
-    """Switch off transformers' own progress bars, for scripts that print their own."""
+    """No bar while weights are read from disk, for scripts that print their own; downloads keep it.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
-    logging.disable_progress_bar()
+    silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
+    if not silent:
+        enable_progress_bars()
 
 
 def save(model, processor: Processor, folder, notes: dict | None = None,
@@ -169,9 +268,11 @@ def save(model, processor: Processor, folder, notes: dict | None = None,
         _write(model, processor, temporary, weights, max_shard_size)
         if notes is not None:
             (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
-        for path in temporary.iterdir():       # the data must be on disk before the name is
+        mode = (temporary / "config.json").stat().st_mode
+        for path in temporary.iterdir():
+            path.chmod(mode)                # safetensors makes files that only their owner can read
             with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())     # the data must be on disk before the name is
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
         raise OSError(f"cannot write {folder}: {error}") from error
@@ -195,11 +296,68 @@ def _write(model, processor, folder: Path, weights: dict | None, max_shard_size)
         if (processor.folder / name).exists():
             shutil.copyfile(processor.folder / name, folder / name)
     # A student trained on pictures of one size is to be used on pictures of that size.
-    pictures = _read_json(folder / "preprocessor_config.json")
+    path, settings, pictures = _picture_settings(folder)
     pictures["size"] = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
     for other_name in ("min_pixels", "max_pixels"):
         pictures.pop(other_name, None)
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n")
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
+    """The image processor's file, what it holds, and the settings in it.
+
+    From transformers 5 they are an entry of processor_config.json, which goes first there too.
+    """
+    path = folder / "processor_config.json"
+    settings = _read_json(path, missing={})
+    if "image_processor" in settings:
+        return path, settings, settings["image_processor"]
+    path = folder / "preprocessor_config.json"
+    settings = _read_json(path)
+    return path, settings, settings
+
+
+def _chat_template(folder: Path) -> tuple[str, str | None]:
+    """(file, text) of the chat template of a checkpoint, searched as transformers does."""
+    if (folder / "chat_template.jinja").exists():
+        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _read_json(folder / name, missing={}).get("chat_template")
+        if isinstance(template, list):      # several, each with a name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if template:
+            return name, template
+    return "", None
+
+
+def answer_prefix(template: str) -> str:
+    """What a chat template puts behind "<|im_start|>assistant\\n", where the answer begins.
+
+    That is nothing, or "<think>\\n" for the checkpoints that reason first. The template is only
+    read, so ValueError for one that is not understood:
+
+    >>> answer_prefix("<|im_start|><|im_end|><|vision_start|><|image_pad|><|vision_end|>"
+    ...               "{% if add_generation_prompt %}<|im_start|>assistant\\n<think>\\n{% endif %}")
+    '<think>\\n'
+    """
+    for mark in ("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"):
+        if mark not in template:
+            raise ValueError(f"{mark} is not in it")
+    tail = template.rpartition("add_generation_prompt")[2].removesuffix("\n")
+    # Jinja's rules for spaces, as transformers sets them: "-" eats those on its side, a block eats
+    # the line's start before it and the line's end behind it.
+    for pattern, kept in ((r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),
+                          (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}")):
+        tail = re.sub(pattern, kept, tail)
+    # a switch that nobody sets here: what stands behind its "else", if anything
+    tail = re.sub(r"\{% *if enable_thinking is defined and [^%]*%\}[^%]*"
+                  r"(?:\{% *else *%\}([^%]*))?\{% *endif *%\}", r"\1", tail)
+    tail = re.sub(r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""",
+                  lambda literal: literal[2].replace("\\n", "\n"), tail)
+    end = re.fullmatch(r" *%\}<\|im_start\|>assistant\n([^{}]*)\{% *endif *%\}", tail)
+    if end is None:
+        raise ValueError("it does not end in <|im_start|>assistant and a plain text")
+    return end[1]
 
 
 def _read_json(path: Path, missing=None) -> dict:
@@ -236,22 +394,33 @@ class Processor:
       banned_ids  list: control tokens and unused embedding rows, never to be sampled
       sampling    these and the pad id, as the keyword arguments that rollout.sample takes
       pad_id, image_id, video_id, vocab (token -> id, to compare two models)
+      answer_prefix  what the prompt ends in behind the assistant's header: "", or "<think>\\n"
     """
 
     def __init__(self, folder, min_pixels: int | None = None, max_pixels: int | None = None):
         self.folder = Path(folder).absolute()    # save() copies from here, wherever it is called
-        config = _read_json(self.folder / "config.json")
+        config = read_config(self.folder)
         self._read_picture_settings(config["vision_config"], min_pixels, max_pixels)
         self._read_tokens(config)
+        name, template = _chat_template(self.folder)
+        try:
+            self.answer_prefix = answer_prefix(template) if template else ""
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name}: this is no chat template of Qwen3-VL: {error}. "
+                             "If the model knows Qwen3-VL's, put that into its place") from None
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
-        pictures = _read_json(self.folder / "preprocessor_config.json")
-        size = pictures.get("size") or {}
+        _, _, pictures = _picture_settings(self.folder)
+        # old names beside the new, or inside "size"; height and width as the largest picture
+        size = {**(pictures.get("size") or {}),
+                **{k: pictures[k] for k in ("min_pixels", "max_pixels") if pictures.get(k)}}
+        area = (size.get("height") or 0) * (size.get("width") or 0)
+        most = size.get("max_pixels") or size.get("longest_edge") or area or PIXELS[1]
+        least = size.get("min_pixels") or size.get("shortest_edge") or min(PIXELS[0], most)
         self.patch = pictures.get("patch_size", vision["patch_size"])
         self.merge = pictures.get("merge_size", vision["spatial_merge_size"])
         self.temporal = pictures.get("temporal_patch_size", 2)
-        self.min_pixels = min_pixels or size.get("shortest_edge") or pictures["min_pixels"]
-        self.max_pixels = max_pixels or size.get("longest_edge") or pictures["max_pixels"]
+        self.min_pixels, self.max_pixels = min_pixels or least, max_pixels or most
         self.video_pixels = VIDEO_PIXELS
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels "
@@ -318,7 +487,11 @@ class Processor:
         return len(self._ids(record, hint, grids))
 
     def _ids(self, record, hint, grids) -> list[int]:
-        question = record["question"] + ("" if hint is None else f"\n[Hint]: {hint}")
+        question = record["question"]
+        if record.get("instruction"):
+            question += "\n" + record["instruction"]
+        if hint is not None:
+            question += f"\n[Hint]: {hint}"
         vision = []
         for grid in grids:
             vision += self._slots("<|image_pad|>", grid)
@@ -329,7 +502,9 @@ class Processor:
         return self._encode(
             ("<|im_start|>", 1), f"system\n{SYSTEM}", ("<|im_end|>", 1), "\n",
             ("<|im_start|>", 1), "user\n", *vision, question, ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "assistant\n")
+            ("<|im_start|>", 1), "assistant\n",
+            *((part, 1) if part in self.control else part
+              for part in re.split("(<[^<>]*>)", self.answer_prefix)))
 
     def _slots(self, pad: str, grid: tuple[int, int, int]) -> list[tuple[str, int]]:
         """One pad token for each visual token of a picture, or of one moment of a video."""
@@ -463,8 +638,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own convert("RGB") clips everything above 255 to white.
         grey = np.asarray(image, dtype=np.float32)
+        clear = grey == image.info.get("transparency", -1)      # PNG: one grey may be transparent
         deep = image.mode.startswith("I;16") or grey.max() > 255    # 16 bits even where it is dark
         grey = grey / (65535.0 if deep else 255.0) * 255.0
+        grey[clear] = 255
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa"):
         image = image.convert("RGBA")
