@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as qwen  # noqa: E402
 from analysis.figures import INK, LESS, MORE  # noqa: E402
 from data import records, toy  # noqa: E402
+from loss import distill_loss  # noqa: E402
 from rollout import sample  # noqa: E402
 from teacher import hint  # noqa: E402
 
-# Dimension letters: L prompt tokens, T response tokens, V vocabulary.
+# Dimension letters: L prompt tokens, T response tokens, D hidden, V vocabulary.
 
 RECORD = "toy-test-1"
 SCALE = 2                            # drawn twice as large as the README shows it
@@ -68,20 +69,19 @@ def compute() -> Case:
                  **processor.sampling)
     ids = got.ids[0, :int(got.lengths[0])].tolist()
 
-    def next_token_logprobs(prompt) -> torch.Tensor:
+    def read(prompt) -> torch.Tensor:
         batch = processor.batch([replace(prompt, ids=[*prompt.ids, *ids])])
-        logits = model(**batch).logits[0]                                            # (L + T, V)
-        # the logits at one token predict the next, so the answer is read one place early
-        return logits[len(prompt.ids) - 1:-1].double().log_softmax(-1)               # (T, V)
+        hidden = model.model(**batch).last_hidden_state[0]                           # (L + T, D)
+        # the state at one token predicts the next, so the answer is read one place early
+        return hidden[len(prompt.ids) - 1:-1]                                        # (T, D)
 
-    student, teacher = (next_token_logprobs(p) for p in
-                        (prompt, processor.prompt(record, cue)))
-    kl = (teacher.exp() * (teacher - student)).sum(-1)                               # (T,)
+    def likeliest(hidden) -> list[dict]:
+        probs = model.lm_head(hidden).softmax(-1)                                    # (T, V)
+        return [{processor.decode([int(v)]): float(p) for p, v in zip(*row.topk(3))}
+                for row in probs]
 
-    def likeliest(logprobs) -> list[dict]:
-        return [{processor.decode([int(v)]): float(p) for p, v in zip(*row.exp().topk(3))}
-                for row in logprobs]
-
+    student, teacher = read(prompt), read(processor.prompt(record, cue))
+    kl = distill_loss(student, teacher, model.lm_head.weight, model.lm_head.weight)  # (T,)
     return Case(record, cue, [processor.decode([n]) for n in ids], kl, likeliest(student),
                 likeliest(teacher))
 
