@@ -540,9 +540,10 @@ def test_flags_of_a_question_belong_together(argv, capsys):
     assert "--ask" in capsys.readouterr().err
 
 
-def test_the_readme_example_runs_without_this_repository(student, picture, tmp_path, capsys):
+def test_the_pages_example_runs_without_this_repository(student, picture, tmp_path, capsys):
     """As printed, but for the paths: beside cue_recovery.py alone, it says what we say."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    page = (ROOT / "docs" / "using_a_checkpoint.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     code = next(block for block in blocks if "cue_recovery.load" in block)
     assert len(code.splitlines()) <= 20
     question = re.search(r'"([^"]*\?)"', code)[1]

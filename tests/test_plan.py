@@ -188,8 +188,8 @@ def test_a_backbone_that_is_its_own_teacher_is_held_once():
     assert averaged.parts["teacher's weights"] == 2 * copied.parts["teacher's weights"]
 
 
-def readme_rows() -> list[str]:
-    """The README's table: for each student, teacher and --train, what fits, with which flags."""
+def table_rows() -> list[str]:
+    """The table of docs/memory.md: for each student, teacher and --train, what fits, with which flags."""
     letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T",
                "--offload-optimizer": "O", "--sample-batch": "S", "--micro-batch-tokens": "M"}
     rows = []
@@ -210,10 +210,10 @@ def readme_rows() -> list[str]:
     return rows
 
 
-def test_the_readmes_table_is_the_plans():
-    readme = (ROOT / "README.md").read_text()
-    rows = readme_rows()
-    assert all(row in readme for row in rows), "README.md should have\n" + "\n".join(rows)
+def test_the_memory_pages_table_is_the_plans():
+    page = (ROOT / "docs" / "memory.md").read_text()
+    rows = table_rows()
+    assert all(row in page for row in rows), "docs/memory.md should have\n" + "\n".join(rows)
 
 
 @pytest.mark.parametrize("train", ["language", "cue"])
