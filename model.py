@@ -146,7 +146,8 @@ def find_folder(path, weights: bool = True) -> Path:
             advice = "run again, what is there is kept and a cut file goes on where it was cut"
         reason = " ".join(str(error).split())[:160]
         raise ConnectionError(f"cannot get {path} from the hub: {advice}; or give a local folder, "
-                              f"as the tiny {TINY} ({type(error).__name__}: {reason})") from None
+                              f"the tiny default is {TINY} ({type(error).__name__}: {reason})"
+                              ) from None
 
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
