@@ -182,7 +182,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
-def read_config(folder) -> dict:
+def model_config(folder) -> dict:
     """config.json of a checkpoint that load() can read; ValueError says what to do with others."""
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
@@ -218,7 +218,7 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
     if absent or not names:
         raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are "
                                 f"missing: {absent[:5]}")
-    config = read_config(folder)
+    config = model_config(folder)
     # quantised weights go straight to their device: their kernels are chosen for it
     there = {"device_map": {"": device}} if config.get("quantization_config") else {}
     try:
@@ -393,7 +393,7 @@ class Processor:
 
     def __init__(self, folder, min_pixels: int | None = None, max_pixels: int | None = None):
         self.folder = Path(folder).absolute()    # save() copies from here, wherever it is called
-        config = read_config(self.folder)
+        config = model_config(self.folder)
         self._read_picture_settings(config["vision_config"], min_pixels, max_pixels)
         self._read_tokens(config)
         self.answer_prefix = _answer_prefix(self.folder)
