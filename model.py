@@ -6,7 +6,8 @@ A prompt is a list of token ids and, for each picture, a stack of flattened patc
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n
-    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\ninstruction][\\n[Hint]: hint]<|im_end|>\\n
+    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\ninstruction]
+    [\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n[<think>\\n, where the checkpoint's own chat template ends so]
 
 In:  a record {"images": [paths or PIL images], "question": str} with, if it likes, "instruction"
@@ -145,14 +146,15 @@ def find_folder(path, weights: bool = True) -> Path:
             advice = "run again, what is there is kept and a cut file goes on where it was cut"
         reason = " ".join(str(error).split())[:160]
         raise ConnectionError(f"cannot get {path} from the hub: {advice}; or give a local folder, "
-                              f"as the tiny {TINY} ({type(error).__name__}: {reason})") from None
+                              f"the tiny default is {TINY} ({type(error).__name__}: {reason})"
+                              ) from None
 
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
          cue: bool = True):
     """A checkpoint folder or hub name -> (model in eval mode, Processor).
 
-    The model is transformers' Qwen3VLForConditionalGeneration or Qwen3VLMoeForConditionalGeneration.
+    The model is transformers' Qwen3VLForConditionalGeneration, or its Moe twin.
     dtype, device: see check_placement(). If the folder holds cue_recovery.safetensors the module is
     attached (`cue=False` leaves it out, as every teacher needs). Raises for another architecture,
     and for a checkpoint whose weights are not exactly the model's: one missing, one too many, one
@@ -180,7 +182,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
-def read_config(folder) -> dict:
+def model_config(folder) -> dict:
     """config.json of a checkpoint that load() can read; ValueError says what to do with others."""
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
@@ -192,8 +194,10 @@ def read_config(folder) -> dict:
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, this project "
                          f"handles {' and '.join(map(repr, ARCHITECTURES))}")
-    quantised = _quantised(config)
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config")
     if quantised:
+        config["quantization_config"] = quantised
         from transformers.quantizers import AutoHfQuantizer
         try:
             AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
@@ -202,10 +206,6 @@ def read_config(folder) -> dict:
                              f") and cannot be read here: {' '.join(str(error).split())}; the "
                              "checkpoint without quantisation needs nothing more") from None
     return config
-
-
-def _quantised(config: dict) -> dict | None:
-    return config.get("quantization_config") or config["text_config"].get("quantization_config")
 
 
 def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attention: str):
@@ -218,9 +218,9 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
     if absent or not names:
         raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are "
                                 f"missing: {absent[:5]}")
-    config = _read_json(folder / "config.json")
+    config = model_config(folder)
     # quantised weights go straight to their device: their kernels are chosen for it
-    there = {"device_map": {"": device}} if _quantised(config) else {}
+    there = {"device_map": {"": device}} if config.get("quantization_config") else {}
     try:
         # ignore: a wrong shape is to be reported below, by name, with the others
         model, info = getattr(transformers, ARCHITECTURES[config["model_type"]]).from_pretrained(
@@ -317,32 +317,22 @@ def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
     return path, settings, settings
 
 
-def _chat_template(folder: Path) -> tuple[str, str | None]:
-    """(file, text) of the chat template of a checkpoint, searched as transformers does."""
-    if (folder / "chat_template.jinja").exists():
-        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _read_json(folder / name, missing={}).get("chat_template")
+def _answer_prefix(folder: Path) -> str:
+    """What the checkpoint's chat template puts between "<|im_start|>assistant\\n" and the answer:
+
+    nothing, or "<think>\\n" where the model reasons first. The template is only read, never
+    run; ValueError for one that is not understood, and nothing where there is none.
+    """
+    name, template = "chat_template.jinja", None
+    if (folder / name).exists():
+        template = (folder / name).read_text(encoding="utf-8")
+    for other in ("chat_template.json", "tokenizer_config.json"):   # in transformers' order
+        if not template:
+            name, template = other, _read_json(folder / other, missing={}).get("chat_template")
         if isinstance(template, list):      # several, each with a name
             template = {one["name"]: one["template"] for one in template}.get("default")
-        if template:
-            return name, template
-    return "", None
-
-
-def answer_prefix(template: str) -> str:
-    """What a chat template puts behind "<|im_start|>assistant\\n", where the answer begins.
-
-    That is nothing, or "<think>\\n" for the checkpoints that reason first. The template is only
-    read, so ValueError for one that is not understood:
-
-    >>> answer_prefix("<|im_start|><|im_end|><|vision_start|><|image_pad|><|vision_end|>"
-    ...               "{% if add_generation_prompt %}<|im_start|>assistant\\n<think>\\n{% endif %}")
-    '<think>\\n'
-    """
-    for mark in ("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"):
-        if mark not in template:
-            raise ValueError(f"{mark} is not in it")
+    if not template:
+        return ""
     tail = template.rpartition("add_generation_prompt")[2].removesuffix("\n")
     # Jinja's rules for spaces, as transformers sets them: "-" eats those on its side, a block eats
     # the line's start before it and the line's end behind it.
@@ -355,8 +345,12 @@ def answer_prefix(template: str) -> str:
     tail = re.sub(r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""",
                   lambda literal: literal[2].replace("\\n", "\n"), tail)
     end = re.fullmatch(r" *%\}<\|im_start\|>assistant\n([^{}]*)\{% *endif *%\}", tail)
-    if end is None:
-        raise ValueError("it does not end in <|im_start|>assistant and a plain text")
+    marks = "<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
+    absent = [mark for mark in marks if mark not in template]
+    if absent or end is None:
+        what = f"lacks {absent}" if absent else "does not end in the assistant's header and a text"
+        raise ValueError(f"{folder / name}: this chat template {what}, so prompts would differ from"
+                         " the model's own. If it knows Qwen3-VL's template, put that in its place")
     return end[1]
 
 
@@ -399,15 +393,10 @@ class Processor:
 
     def __init__(self, folder, min_pixels: int | None = None, max_pixels: int | None = None):
         self.folder = Path(folder).absolute()    # save() copies from here, wherever it is called
-        config = read_config(self.folder)
+        config = model_config(self.folder)
         self._read_picture_settings(config["vision_config"], min_pixels, max_pixels)
         self._read_tokens(config)
-        name, template = _chat_template(self.folder)
-        try:
-            self.answer_prefix = answer_prefix(template) if template else ""
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name}: this is no chat template of Qwen3-VL: {error}. "
-                             "If the model knows Qwen3-VL's, put that into its place") from None
+        self.answer_prefix = _answer_prefix(self.folder)
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
         _, _, pictures = _picture_settings(self.folder)

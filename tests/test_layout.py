@@ -237,7 +237,7 @@ def test_a_pickle_is_never_read(sharded, tmp_path):
         qwen.load(folder, device="cpu")
 
 
-# ---------------------------------------------------------------------------- folders as people have
+# ---------------------------------------------------------------------------- other layouts
 
 def tiny_folder(folder, sizes, nested=False):
     """The tiny checkpoint whose picture settings name sizes so; nested: as transformers 5 saves."""
