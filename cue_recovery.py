@@ -13,8 +13,7 @@ In:  a stock Qwen3-VL model.  Out: the same model with hooks, and a CueRecovery 
 new weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy include it).
 
 Use it alone (imports torch, and safetensors to save):
-    cue = attach(model, every=5)     # the model's logits are still exactly what they were
-    ... train, model.generate(...), any sampling loop ...
+    cue = attach(model, every=5)         # the model's logits are still exactly what they were
     with cue.prompt(end): model(...)     # sink="last" only: where the prompt of a training row ends
     cue.save("cue_recovery.safetensors"); cue.detach()
 
@@ -49,68 +48,6 @@ from torch.nn import functional as F
 # batch, D hidden size, H heads, d = D / H.
 
 
-class RMSGain(nn.Module):
-    """The learnt gain of an RMSNorm; who uses it decides where the 1/rms goes."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-
-# What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
-# the same formula as autograd's, which would go over v several times in float32 for the norm, and
-# read it transposed for the products: bf16 on a CPU then takes ten times as long, or more
-# (tests/speed/README.md, "Module"). v needs no gradient at the first block of a frozen model.
-
-class _InverseRMS(torch.autograd.Function):
-    """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1,
-                                        dtype=torch.promote_types(x.dtype, torch.float32))
-        r = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, r)
-        return r
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x, r = ctx.saved_tensors
-        slope = -upstream * r**3 / x.shape[-1]                       # dr/dx = -r^3 x / D
-        return x * slope[..., None].to(x.dtype), None
-
-
-class _Scores(torch.autograd.Function):
-    """v q^T: v (B, N, D), q (B, H, D) -> (B, N, H)."""
-
-    @staticmethod
-    def forward(ctx, v, q):
-        ctx.save_for_backward(v, q)
-        return v @ q.mT
-
-    @staticmethod
-    def backward(ctx, upstream):
-        v, q = ctx.saved_tensors
-        return upstream @ q if ctx.needs_input_grad[0] else None, upstream.mT @ v
-
-
-class _Mean(torch.autograd.Function):
-    """a^T v: a (B, N, H), v (B, N, D) -> (B, H, D)."""
-
-    @staticmethod
-    def forward(ctx, a, v):
-        ctx.save_for_backward(a, v)
-        return a.mT @ v
-
-    @staticmethod
-    def backward(ctx, upstream):
-        a, v = ctx.saved_tensors
-        return v @ upstream.mT, a @ upstream if ctx.needs_input_grad[1] else None
-
-
-inverse_rms, scores_of, mean_of = _InverseRMS.apply, _Scores.apply, _Mean.apply
-
-
 class Block(nn.Module):
     """The cross-attention of one layer: 4 D^2 weights, no biases."""
 
@@ -118,8 +55,8 @@ class Block(nn.Module):
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden size {hidden} is not a multiple of {heads} heads")
-        self.heads, self.eps = heads, eps
-        self.sink_norm, self.visual_norm = RMSGain(hidden), RMSGain(hidden)
+        self.heads = heads
+        self.sink_norm, self.visual_norm = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
         # skip_init: nn.Linear would draw from the global generator; CueRecovery fills all four
         self.query, self.key, self.value, self.output = (
             nn.utils.skip_init(nn.Linear, hidden, hidden, bias=False) for _ in range(4))
@@ -132,8 +69,8 @@ class Block(nn.Module):
         B, _, D = x.shape
         rows = torch.arange(B, device=x.device)
         h = x[rows, sink]                                                          # (B, D)
-        q = self.query(h * inverse_rms(h, self.eps)[:, None].to(x.dtype) * self.sink_norm.weight)
-        z, attention = self.absorbed(q.view(B, self.heads, -1), x[:, lo:hi], visual)
+        q = self.query(self.sink_norm(h)).view(B, self.heads, -1)                  # (B, H, d)
+        z, attention = self.absorbed(q, x[:, lo:hi], visual)
         h = h + self.output(z.reshape(B, D))
         return x.index_put((rows, sink), h), attention
 
@@ -142,12 +79,11 @@ class Block(nn.Module):
 
         q (B, H, d), v (B, N, D), visual (B, N) -> (B, H, d), and the attention (B, H, N).
         """
-        V = v * inverse_rms(v, self.eps)[..., None].to(v.dtype) * self.visual_norm.weight
+        V = self.visual_norm(v)
         K, U = (W(V).unflatten(-1, q.shape[1:]) for W in (self.key, self.value))   # (B, N, H, d)
-        scores = torch.einsum("bhd,bnhd->bnh", q, K) / math.sqrt(q.shape[-1])
-        attention = softmax(scores, visual)
-        z = torch.einsum("bnh,bnhd->bhd", attention.to(v.dtype), U)
-        return z, attention.transpose(1, 2)
+        scores = torch.einsum("bhd,bnhd->bhn", q, K) / math.sqrt(q.shape[-1])
+        attention = softmax(scores, visual)                                        # (B, H, N)
+        return torch.einsum("bhn,bnhd->bhd", attention.to(v.dtype), U), attention
 
     def absorbed(self, q, v, visual):
         """The same function. One query needs no K and no U:
@@ -158,20 +94,27 @@ class Block(nn.Module):
         diagonal, its 1/rms one number per token.
         """
         W_K, W_V = (W.weight.unflatten(0, q.shape[1:]) for W in (self.key, self.value))  # (H, d, D)
-        r = inverse_rms(v, self.eps)[..., None]                                    # (B, N, 1)
-        asked = torch.einsum("bhd,hdD->bhD", q, W_K) * self.visual_norm.weight     # (B, H, D)
-        scores = scores_of(v, asked).to(r.dtype) * r / math.sqrt(q.shape[-1])      # (B, N, H)
+        gain, r = self.visual_norm.weight, inverse_rms(v, self.visual_norm.eps)    # (D,), (B, 1, N)
+        asked = torch.einsum("bhd,hdD->bhD", q, W_K) * gain                        # (B, H, D)
+        scores = (v @ asked.mT).mT * r / math.sqrt(q.shape[-1])                    # (B, H, N)
         attention = softmax(scores, visual)
-        mean = mean_of((attention * r).to(v.dtype), v) * self.visual_norm.weight   # (B, H, D)
-        return torch.einsum("bhD,hdD->bhd", mean, W_V), attention.transpose(1, 2)
+        mean = (attention * r).to(v.dtype) @ v * gain                              # (B, H, D)
+        return torch.einsum("bhD,hdD->bhd", mean, W_V), attention
+
+
+def inverse_rms(v, eps: float):
+    """(B, N, D) -> (B, 1, N), in float32 at least, without a float32 copy of v."""
+    exact = torch.promote_types(v.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(v, dim=-1, dtype=exact)
+    return (norm.square() / v.shape[-1] + eps).rsqrt()[:, None]
 
 
 def softmax(scores, visual):
-    """Over the visual tokens of a row, in float32 at least; 0 in rows without. (B, N, H)."""
+    """Over the visual tokens of a row, in float32 at least; 0 in rows without. (B, H, N)."""
     # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores.masked_fill(~visual[..., None], torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=1) * visual.any(dim=1)[:, None, None]
+    scores = scores.masked_fill(~visual[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) * visual.any(dim=-1)[:, None, None]
 
 
 class CueRecovery(nn.Module):
@@ -206,7 +149,7 @@ class CueRecovery(nn.Module):
             self.hooks.append(reader.register_forward_pre_hook(partial(self._ask, layer)))
 
     def _ask(self, layer: int, _, args):
-        """Before the decoder layer behind `layer`: its states, with the sinks updated."""
+        """Before the decoder layer that follows `layer`: its states, with the sinks updated."""
         now = self.prefill
         if not now.on:
             return None
@@ -217,8 +160,7 @@ class CueRecovery(nn.Module):
 
     def _begin(self, module, args, kwargs) -> None:
         """Before a forward: is this a prefill, where is each row's sink, where are its pictures?"""
-        now = self.prefill
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        now, cache = self.prefill, kwargs.get("cache", kwargs.get("past_key_values"))
         now.on = not self.muted and (cache is None or cache.get_seq_length() == 0)
         if not now.on:
             return
@@ -234,14 +176,16 @@ class CueRecovery(nn.Module):
         visual = (ids == self.image_ids[0]) | (ids == self.image_ids[1])           # (B, L)
         columns = visual.any(dim=0).nonzero()[:, 0]
         now.on = len(columns) > 0                       # a batch of text only: nothing to ask
-        if now.on:
-            # Pictures come first in a prompt, so this span is nearly all visual tokens.
-            now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
-            now.visual = visual[:, now.lo:now.hi]
-            mask = torch.ones_like(ids) if mask is None else mask.long()
-            # (B,), the first token that is not padding, or the last of the prompt
-            now.sink = mask.argmax(dim=1) if self.sink == "first" else self._prompt_end(
-                mask, cached=cache is not None or bool(kwargs.get("use_cache")))
+        if not now.on:
+            return
+        # Pictures come first in a prompt, so this span is nearly all visual tokens.
+        now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
+        now.visual = visual[:, now.lo:now.hi]                                      # (B, N)
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        if self.sink == "first":
+            now.sink = mask.argmax(dim=1)               # (B,), the first that is not padding
+        else:
+            now.sink = self._prompt_end(mask, cache is not None or bool(kwargs.get("use_cache")))
 
     def _prompt_end(self, mask, cached: bool) -> torch.Tensor:
         """(B,) column of each row's last prompt token. mask (B, L)."""
@@ -252,27 +196,26 @@ class CueRecovery(nn.Module):
                              "say where the prompt ends: `with model.cue_recovery.prompt(end):`")
         return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
-    @contextmanager
     def prompt(self, end):
-        """In the forwards inside, prompts end before column `end`, and responses may follow.
+        """`with cue.prompt(end):` prompts end before column `end`, and responses may follow.
 
         end: one column for all rows, or (B,) for each its own. sink="last" needs it where no cache
         tells that only the prompt is there; sink="first" ignores it.
         """
-        self.end = end
-        try:
-            yield
-        finally:
-            self.end = None
+        return self._for_a_while("end", end)
+
+    def off(self):
+        """`with cue.off():` the stock model, so that a frozen backbone can teach without a copy."""
+        return self._for_a_while("muted", True)
 
     @contextmanager
-    def off(self):
-        """The stock model meanwhile, so that a frozen backbone can teach without a copy of it."""
-        was, self.muted = self.muted, True
+    def _for_a_while(self, name: str, value):
+        was = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.muted = was
+            setattr(self, name, was)
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""

@@ -87,7 +87,7 @@ def textbook(block, x, sink, visual):
     """Eq. 3-5 once more, apart from cue_recovery.py's: row by row, so without a mask.
     x (B, L, D), sink (B,), visual (B, L) bool. Returns new states and attention (B, H, L)."""
     def normed(states, gain):
-        return states / (states.pow(2).mean(-1, keepdim=True) + block.eps).sqrt() * gain.weight
+        return states / (states.pow(2).mean(-1, keepdim=True) + gain.eps).sqrt() * gain.weight
 
     out, maps = [], x.new_zeros(x.shape[0], block.heads, x.shape[1])
     for row, (states, where) in enumerate(zip(x, visual)):
