@@ -279,76 +279,100 @@ class Plan:
 
 def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
     """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
-    m, t, N, b = dimensions(student), dimensions(teacher or student), run.gpus, DTYPES[run.dtype]
-    c, u = count(m), count(t)
-    patches, pixels, features = run.picture(m, most)
-    handed = features if run.reads_once() else pixels     # to the model, for a prompt's pictures
-    prompts = -(-run.batch_size // N)                 # of one GPU, as all that follows
-
-    # 1) what is held: weights in b bytes; masters, moments and the update's gradients in float32
-    cue = module_size(m, run.every)[1] if run.cue_recovery else 0
-    trained = cue + {"all": c.total, "language": c.language, "cue": 0}[run.train]
-    tb = 4 if run.teacher == "ema" else b             # an average is kept in float32
-    weights, teach = b * (c.total + cue) / N, 0 if run.shares() else tb * u.total / N
-    states = (8 if b == 4 and not run.offload_optimizer else 12) * trained / N
-    gradients, exact = b * trained / N, 4 * trained / N
-    always = weights + (0 if run.offload_teacher else teach)
-    always += 0 if run.offload_optimizer else states
-
-    # 2) sample, and before the first step evaluate; each of several GPUs has the whole model then
-    whole, whole_teacher = (0, 0) if N == 1 else (b * (c.total + cue), tb * u.total)
-    cache, sampling = sampling_works(run, m, b, prompts, most)
-    evaluation = replace(run, samples_per_prompt=1, train="all",
-                         sample_batch=min(64, run.sample_batch))
-    _, evaluating = sampling_works(evaluation, t, tb, GROUP * evaluation.sample_batch, most)
-
-    # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
-    # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile
-    row, batch = run.max_prompt_tokens + run.max_new_tokens, prompts * run.samples_per_prompt
-    n = min(max(run.micro_batch_tokens, row), batch * row)
-    rows = max(1, min(n // run.max_prompt_tokens, batch))
-    root = c.embedding + c.head + cue
-    around = adding = 0
-    if N > 1:
-        around = (b * root + tb * (u.embedding + u.head) + 2 * max(b * c.layer, tb * u.layer))
-        # gradients are added up over the GPUs in float32, before they are cut
-        adding = (b + 4) * max(c.layer, root if run.train != "cue" else cue)
-    elif run.offload_teacher and not run.shares():
-        around = tb * t.V * t.D                       # its head comes along for the whole step
-    reading = n * layer_works(t, tb, row, run.attention, False)
-    if not run.reads_once():
-        reading = max(reading, rows * patches * (block_works(t, tb, patches, run.attention)
-                                                 + tb * t.pixels))
-    kept, graph = learning_works(run, m, b, n, rows, patches, row)
-    # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
-    earlier = gradients if batch * row > n else 0
-
-    peaks = {"evaluate": (always - (0 if run.offload_optimizer else 8 * trained / N) + whole_teacher
-                          + (teach if run.offload_teacher else 0) + evaluating),
-             "sample": always + whole + sampling,
-             # an offloaded teacher reads everything before the first gradient is there
-             "teach": (always + around + reading + rows * handed
-                       + (teach if run.offload_teacher else earlier)),
-             "learn": always + around + adding + earlier + graph + rows * handed,
-             "update": always + (gradients if run.offload_optimizer else exact)}
-    host = {"pictures of the batch": prompts * max(pixels, handed)}
+    z = sizes(run, student, teacher or student, most)
+    peaks = {phase.__name__: phase(run, z) for phase in (evaluate, sample, teach, learn, update)}
+    host = {"pictures of the batch": z.prompts * max(z.pixels, z.handed)}
     if run.offload_optimizer:
-        host["optimizer"] = states + exact
-    if run.offload_teacher and not run.shares():      # and what it said, until the student's turn
-        host["teacher"] = teach + batch * run.max_new_tokens * t.D * tb
+        host["optimizer"] = z.optimizer + z.exact_gradients
+    if run.offload_teacher and not run.shares():      # and its hidden states, until they are needed
+        host["teacher"] = z.teacher + z.responses * run.max_new_tokens * z.t.D * z.tb
     if run.device == "cpu":                           # one memory for all
-        rest = sum(host.values()) - host["pictures of the batch"] + prompts * handed
+        rest = sum(host.values()) - host["pictures of the batch"] + z.prompts * z.handed
         peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
-    parts = {"student's weights": weights, "teacher's weights": teach, "gradients": gradients,
-             "optimizer": states, "key/value cache": cache, "activations kept": kept,
-             "logits, loss, backward": graph - kept}
-    return Plan({"student": c.total, "of it vision": c.vision, "module": cue, "trained": trained,
-                 "teacher": 0 if run.shares() else u.total}, parts, peaks, host)
+    parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
+             "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
+             "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
+    return Plan({"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
+                 "trained": z.trained, "teacher": 0 if run.shares() else z.u.total},
+                parts, peaks, host)
 
 
-def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
+def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
+    """What the phases add up: bytes on one GPU, and the numbers of prompts and tokens."""
+    m, t, N, b = dimensions(student), dimensions(teacher), run.gpus, DTYPES[run.dtype]
+    z = SimpleNamespace(m=m, t=t, c=count(m), u=count(t), b=b, most=most)
+    z.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
+    z.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
+    z.responses = z.prompts * run.samples_per_prompt
+    z.patches, z.pixels, features = run.picture(m, most)
+    z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
+    # held all the time: weights in b bytes; masters and moments in float32
+    z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
+    z.trained = z.module + {"all": z.c.total, "language": z.c.language, "cue": 0}[run.train]
+    z.weights = b * (z.c.total + z.module) / N
+    z.teacher = 0 if run.shares() else z.tb * z.u.total / N
+    z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
+    z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
+    z.resting_teacher = 0 if run.offload_teacher else z.teacher
+    z.always = z.weights + z.resting_teacher + (0 if run.offload_optimizer else z.optimizer)
+    # a micro-batch: n tokens, in rows of `row`
+    z.row = run.max_prompt_tokens + run.max_new_tokens
+    z.n = min(max(run.micro_batch_tokens, z.row), z.responses * z.row)
+    z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
+    # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
+    z.earlier = z.gradients if z.responses * z.row > z.n else 0
+    # FSDP2 gathers a layer while the one before computes; what belongs to the root (embedding,
+    # head, module) stays gathered meanwhile. An offloaded teacher's head stays for the whole step
+    z.root, z.gathered = z.c.embedding + z.c.head + z.module, 0
+    if N > 1:
+        z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
+                      + 2 * max(b * z.c.layer, z.tb * z.u.layer))
+    elif run.offload_teacher and not run.shares():
+        z.gathered = z.tb * t.V * t.D
+    z.cache, z.sampling = sampling(run, m, b, z.prompts, most)
+    z.kept, z.graph = learning_with_loss(run, z)
+    return z
+
+
+def evaluate(run: Run, z) -> float:
+    """Before the first step, without moments; each of several GPUs has the whole teacher then."""
+    alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
+    _, generating = sampling(alone, z.t, z.tb, GROUP * alone.sample_batch, z.most)
+    moments = 0 if run.offload_optimizer else 8 * z.trained / run.gpus
+    whole = z.tb * z.u.total if run.gpus > 1 else 0
+    return z.always - moments + whole + (z.teacher - z.resting_teacher) + generating
+
+
+def sample(run: Run, z) -> float:
+    """Each of several GPUs has the whole student."""
+    whole = z.b * (z.c.total + z.module) if run.gpus > 1 else 0
+    return z.always + whole + z.sampling
+
+
+def teach(run: Run, z) -> float:
+    """The teacher reads a micro-batch. Offloaded, it reads all before the first gradient."""
+    reading = z.n * layer_works(z.t, z.tb, z.row, run.attention, False)
+    if not run.reads_once():
+        block = block_works(z.t, z.tb, z.patches, run.attention)
+        reading = max(reading, z.rows * z.patches * (block + z.tb * z.t.pixels))
+    beside = z.teacher if run.offload_teacher else z.earlier
+    return z.always + z.gathered + reading + z.rows * z.handed + beside
+
+
+def learn(run: Run, z) -> float:
+    """Forward and backward of a micro-batch; gradients add up over GPUs in float32, then are cut."""
+    root = z.root if run.train != "cue" else z.module
+    adding = (z.b + 4) * max(z.c.layer, root) if run.gpus > 1 else 0
+    return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
+
+
+def update(run: Run, z) -> float:
+    return z.always + (z.gradients if run.offload_optimizer else z.exact_gradients)
+
+
+def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
     """(bytes of the key/value cache, the most that sampling needs, the cache included)."""
     K, P = run.samples_per_prompt, run.max_prompt_tokens
     patches, pixels, features = run.picture(m, most)
@@ -367,11 +391,12 @@ def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float,
     return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 
-def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: int):
+def learning_with_loss(run: Run, z) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
-    kept, backward = learning(m, b, run, n, rows, picture, row)
+    b, m = z.b, z.m
+    kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
     head = m.V * m.D if run.train != "cue" else 0
-    chunk = min(CHUNK, rows * run.max_new_tokens)
+    chunk = min(CHUNK, z.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers
