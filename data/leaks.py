@@ -93,7 +93,7 @@ def audit(cue: str, answer: str, question: str = "", options=None,
 # What parts rows and sentences, but for the stop of "Mr."; a row is a part with a bar in it.
 _PART = re.compile(r"(\n|;|(?<!\b[A-Z][a-z])[.!?:](?=\s|$))")
 _DANGLING = re.compile(r"""[,:=+(\[{-]$|\b(?:and|or|the|(?<!ed\ )an?|of|in|on|at|to|by|with|from|
-    for|than|is|are|was|were|has|have|its|their|that|which|between|labell?ed|marked|reads?|shows?)$|
+    for|than|is|are|was|were|has|have|its|their|that|which|between|labell?ed|marked|reads?)$|
     \bthe\ (?:side|angle|line|length|point|label|number|row|column)$""", re.X)
 _STOP = r"(?<![A-Z][a-z])(?<!Mrs)[.!?。…][\"'”’)\]}$*`]*"      # but not that of "Mr."
 
