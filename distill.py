@@ -54,7 +54,7 @@ import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
-from scale import checkpoint, longrun, offload, plan, sharding, vision
+from scale import checkpoint, checks, longrun, offload, plan, sharding, vision
 from scale.build import build_models
 from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
@@ -500,9 +500,10 @@ def main(argv=None) -> None:
         if not resume and (folder / "args.json").exists():
             raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
                                   f"--resume {folder}")
-        student, teacher, processor = build_models(config)
         with sharding.main_first():
+            processor = checks.check_models(config)
             train, test = prepare_data(config, processor)
+        student, teacher, processor = build_models(config)
         weights = choose_weights(student, config.train)
         optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
                               steps=config.steps, final=config.final_lr, clip=config.clip,

@@ -37,6 +37,7 @@ from data import records as record_files, toy
 from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.checks import check_placement
 from scale.decoder import FastDecoder
 from scale.measure import count_hints
 
@@ -227,7 +228,8 @@ def run_settings(model: Path) -> dict:
 
 def load_asked(args, own: dict):
     """The model of the command line. own: its run's settings, where nothing is typed."""
-    return load(args.model, args.dtype or None, args.device or None,
+    device, dtype = check_placement(args.device, args.dtype)
+    return load(args.model, dtype, device,
                 min_pixels=args.min_pixels or own["min_pixels"] or None,
                 max_pixels=args.max_pixels or own["max_pixels"] or None)
 

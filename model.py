@@ -1,4 +1,4 @@
-"""model.py - Qwen3-VL in and out: load a checkpoint, build prompts id by id, batch them, save.
+"""model.py - Qwen3-VL in and out: load a checkpoint, build prompts id by id, batch them.
 
 The idea.  Everything the method feeds to a Qwen3-VL is made here, by hand, from four files of the
 checkpoint's folder: config.json, tokenizer.json, preprocessor_config.json, generation_config.json.
@@ -20,10 +20,8 @@ patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the 
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
 tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja. What is wrong
-with a checkpoint shows before its weights are fetched:
-    check_placement(device, dtype, attention)       names that this machine knows
-    processor = Processor(find_folder(path, weights=False))      the checkpoint's small files
-    model, processor = load(path)                   does both first, then reads the weights
+with a checkpoint's small files shows before its weights are fetched:
+    processor = Processor(find_folder(path, weights=False))
 
 What differs from the class's own processor, and why:
 1) Text from a record can never become a control token. The stock tokenizer turns the string
@@ -40,11 +38,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -61,10 +57,6 @@ TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
                  "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}
-ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
-             "flash_attention_3": "flash_attn_interface"}      # name -> the package it needs
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "chat_template.json", "preprocessor_config.json", "processor_config.json",
                    "generation_config.json", "vocab.json", "merges.txt",
@@ -74,43 +66,6 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 # ---------------------------------------------------------------------------- load and save
-
-def check_placement(device=None, dtype=None,
-                    attention: str = "sdpa") -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that these names mean; ValueError for what cannot work on this machine.
-
-    device: default cuda if there is one, else cpu. dtype: default float32 on the CPU, bfloat16 on
-    an accelerator (an Apple GPU has it from macOS 14).
-    """
-    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available()}
-    name = str(device or ("cuda" if here["cuda"] else "cpu"))
-    if not re.fullmatch(r"(cpu|meta|mps|cuda)(:\d+)?", name):
-        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N, mps")
-    device = torch.device(name)
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not here[device.type] or (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device here "
-                         f"(it finds {', '.join(k for k in here if here[k] and k != 'meta')})")
-    if not dtype:
-        half = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
-        dtype = torch.bfloat16 if half and device.type != "cpu" else torch.float32
-    dtype = DTYPES.get(str(dtype).removeprefix("torch."), dtype)
-    if dtype not in DTYPES.values():
-        raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device.type == "mps" and dtype == torch.float64:
-        raise ValueError("--dtype float64: an Apple GPU (mps) has no such numbers, take float32")
-    if attention not in ATTENTION:
-        raise ValueError(f"--attention {attention!r} is none of {', '.join(ATTENTION)}")
-    package = ATTENTION[attention]
-    if package and not (here["cuda"] and find_spec(package)):
-        raise ValueError(f"--attention {attention} needs a CUDA GPU and the package {package}; "
-                         "sdpa needs neither")
-    if package and dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
-                         f"{str(dtype).removeprefix('torch.')}; sdpa does")
-    return device, dtype
-
 
 def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
@@ -155,12 +110,15 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     """A checkpoint folder or hub name -> (model in eval mode, Processor).
 
     The model is transformers' Qwen3VLForConditionalGeneration, or its Moe twin.
-    dtype, device: see check_placement(). If the folder holds cue_recovery.safetensors the module is
+    device: default cuda if there is one, else cpu. dtype: default float32 on a CPU, else bfloat16.
+    If the folder holds cue_recovery.safetensors the module is
     attached (`cue=False` leaves it out, as every teacher needs). Raises for another architecture,
     and for a checkpoint whose weights are not exactly the model's: one missing, one too many, one
     of another shape.
     """
-    device, dtype = check_placement(device, dtype, attention)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     processor = Processor(find_folder(path, weights=False), min_pixels, max_pixels)
     if device.type == "meta":       # shapes without numbers, which another process will send
         import transformers
@@ -248,59 +206,6 @@ def quiet() -> None:
     logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
     if not silent:
         enable_progress_bars()
-
-
-def save(model, processor: Processor, folder, notes: dict | None = None,
-         weights: dict | None = None, max_shard_size="5GB") -> None:
-    """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
-
-    The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
-    kill between the two renames leaves FOLDER.old, the one before, which load() then reads.
-    notes: written beside the weights as evaluation.json. weights: a state dict to be written
-    instead of the model's own, as of a model cut over several GPUs. Weights beyond
-    `max_shard_size` go to several files with an index, as the published 8B has them. Raises
-    OSError when the disk is full.
-    """
-    folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(model, processor, temporary, weights, max_shard_size)
-        if notes is not None:
-            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
-        mode = (temporary / "config.json").stat().st_mode
-        for path in temporary.iterdir():
-            path.chmod(mode)                # safetensors makes files that only their owner can read
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())     # the data must be on disk before the name is
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
-        raise OSError(f"cannot write {folder}: {error}") from error
-    # FOLDER.old goes only now: after a kill between the two renames it may be the last whole one
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(model, processor, folder: Path, weights: dict | None, max_shard_size) -> None:
-    weights = model.state_dict() if weights is None else weights
-    module = {name.removeprefix("cue_recovery."): tensor for name, tensor in weights.items()
-              if name.startswith("cue_recovery.")}
-    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict={
-        name: tensor for name, tensor in weights.items() if not name.startswith("cue_recovery.")})
-    if module:
-        model.cue_recovery.save(folder / CUE_FILE, module)
-    for name in PROCESSOR_FILES:
-        if (processor.folder / name).exists():
-            shutil.copyfile(processor.folder / name, folder / name)
-    # A student trained on pictures of one size is to be used on pictures of that size.
-    path, settings, pictures = _picture_settings(folder)
-    pictures["size"] = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
-    for other_name in ("min_pixels", "max_pixels"):
-        pictures.pop(other_name, None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
@@ -510,6 +415,18 @@ class Processor:
                 for name, repeat in run:
                     ids += [self.control[name]] * repeat
         return ids
+
+    def write(self, folder: Path) -> None:
+        """Copy what was read into another folder, which then loads as this one does."""
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        # a student trained on pictures of one size is to be used on pictures of that size
+        path, settings, pictures = _picture_settings(folder)
+        pictures["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        for other_name in ("min_pixels", "max_pixels"):
+            pictures.pop(other_name, None)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; control strings inside it stay text."""

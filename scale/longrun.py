@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import model as qwen
 import teacher as teaching
 from scale import checkpoint, sharding
 
@@ -145,7 +144,7 @@ def keep_samples(folder, step, samples, privilege, count: int = 4) -> None:
 
 def student_saver(student, processor):
     """save(folder, notes=None) writes the student; all processes gather its weights here."""
-    return partial(qwen.save, student, processor, weights=sharding.weights(student))
+    return partial(checkpoint.save_model, student, processor, weights=sharding.weights(student))
 
 
 def evaluation(step: int, summary: dict) -> dict:

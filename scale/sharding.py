@@ -174,8 +174,7 @@ def load_options(options: dict) -> dict:
     """
     if world == 1:
         return options
-    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
-    return {**options, "device": "cpu" if is_main() else "meta", "dtype": dtype}
+    return {**options, "device": "cpu" if is_main() else "meta"}
 
 
 def shard(model):

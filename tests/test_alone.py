@@ -107,7 +107,8 @@ ROOMS = ("data", "benchmarks", "scale", "analysis")
 # Every file below may import from the rooms and files before it in this list, and its own room.
 FLOORS = [("model", "cue_recovery", "teacher", "rollout", "loss", "benchmarks.counting",
            "benchmarks.grade", "benchmarks.readers", "benchmarks.scores", "data"),
-          ("scale",), ("evaluate",), ("distill",), ("analysis", "benchmarks.run", "data.cues")]
+          ("scale",), ("evaluate",), ("distill",),
+          ("analysis", "benchmarks.run", "data.cues", "data.make_tiny")]
 
 
 def ours():
