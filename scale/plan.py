@@ -16,6 +16,7 @@ The one equation.  Bytes that one decoder layer keeps for backward, a token (b b
 if the layer is trained, else 0, since a frozen matrix needs no input to make a gradient):
     2 D (4 + 2w)  +  A (4 + w + b)  +  K (4 + w)  +  (A + 2 K) b  +  F (3b + w)
     the norms        queries           keys          attention      feed-forward
+A mixture of experts holds them all; a token passes k of them, and its state is copied k times.
 
 Run it:  python distill.py --student Qwen/Qwen3-VL-2B-Instruct --plan --gpu-memory 24
 Use it alone: imports nothing but the standard library (a hub name that is not in its table asks
@@ -35,12 +36,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# Dimension letters: D hidden, F feed-forward, A all query heads together, K all key heads together,
-# V vocabulary, n tokens of a micro-batch, R rows sampled at once, L tokens of a row (P prompt + T).
+# Dimension letters: D hidden, F feed-forward (all that a token passes), A all query heads together,
+# K all key heads together, V vocabulary, n tokens of a micro-batch, P tokens of a prompt,
+# E experts, k experts a token.
 
 GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
@@ -50,12 +53,16 @@ ROOM, JOIN = 128, 8          # columns the cache grows by (decoder.py), free pla
 GROUP = 4                    # batches of an evaluation whose prompts wait: evaluate.py's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# hidden, layers, heads, ff, tied head | vision: depth, hidden, ff, DeepStack after these layers
+# hidden, layers, heads, key heads, ff, tied head, (experts, of a token, ff of one)
+# | vision: depth, hidden, ff, DeepStack after these layers. Instruct and Thinking are alike.
+SMALL, LARGE = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
 PUBLISHED = {
-    "Qwen/Qwen3-VL-2B": ((2048, 28, 16, 6144, True), (24, 1024, 4096, [5, 11, 17])),
-    "Qwen/Qwen3-VL-4B": ((2560, 36, 32, 9728, True), (24, 1024, 4096, [5, 11, 17])),
-    "Qwen/Qwen3-VL-8B": ((4096, 36, 32, 12288, False), (27, 1152, 4304, [8, 16, 24])),
-    "Qwen/Qwen3-VL-32B": ((5120, 64, 64, 25600, False), (27, 1152, 4304, [8, 16, 24])),
+    "Qwen/Qwen3-VL-2B": ((2048, 28, 16, 8, 6144, True, None), SMALL),
+    "Qwen/Qwen3-VL-4B": ((2560, 36, 32, 8, 9728, True, None), SMALL),
+    "Qwen/Qwen3-VL-8B": ((4096, 36, 32, 8, 12288, False, None), LARGE),
+    "Qwen/Qwen3-VL-32B": ((5120, 64, 64, 8, 25600, False, None), LARGE),
+    "Qwen/Qwen3-VL-30B-A3B": ((2048, 48, 32, 4, 6144, False, (128, 8, 768)), LARGE),
+    "Qwen/Qwen3-VL-235B-A22B": ((4096, 94, 64, 4, 12288, False, (128, 8, 1536)), LARGE),
 }
 
 
@@ -66,13 +73,17 @@ def published(name: str) -> dict | None:
     name = name.removesuffix("-Instruct").removesuffix("-Thinking")
     if name not in PUBLISHED:
         return None
-    (hidden, layers, heads, ff, tied), (depth, width, vision_ff, deepstack) = PUBLISHED[name]
+    language, (depth, width, vision_ff, deepstack) = PUBLISHED[name]
+    hidden, layers, heads, keys, ff, tied, experts = language
+    routed = {} if experts is None else {
+        **dict(zip(("num_experts", "num_experts_per_tok", "moe_intermediate_size"), experts)),
+        "decoder_sparse_step": 1, "mlp_only_layers": []}
     return {
-        "model_type": "qwen3_vl", "tie_word_embeddings": tied,
+        "model_type": "qwen3_vl_moe" if experts else "qwen3_vl", "tie_word_embeddings": tied,
         "image_token_id": 151655, "video_token_id": 151656,
         "text_config": {
             "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": ff,
+            "num_key_value_heads": keys, "head_dim": 128, "intermediate_size": ff, **routed,
             "vocab_size": 151936, "tie_word_embeddings": tied, "rope_theta": 5_000_000,
             "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
@@ -112,11 +123,16 @@ def read_config(name: str) -> tuple[dict, int, str]:
 def dimensions(config: dict) -> SimpleNamespace:
     """The letters above, and the same of the vision tower (v...), from a config.json."""
     text, vision = config["text_config"], config["vision_config"]
-    heads, d = text["num_attention_heads"], text["head_dim"]
+    heads, d, layers = text["num_attention_heads"], text["head_dim"], text["num_hidden_layers"]
+    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5 writes so
+    only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
+    routed = sum(n not in only and (n + 1) % step == 0 for n in range(layers)) if experts else 0
+    k, wide = (text["num_experts_per_tok"], text["moe_intermediate_size"]) if routed else (0, 0)
+    dense = text["intermediate_size"] if routed < layers else 0
     return SimpleNamespace(
-        D=text["hidden_size"], F=text["intermediate_size"], V=text["vocab_size"], d=d, heads=heads,
-        A=heads * d, K=text["num_key_value_heads"] * d, layers=text["num_hidden_layers"],
-        vheads=vision["num_heads"],
+        D=text["hidden_size"], F=max(dense, k * wide), V=text["vocab_size"], d=d, heads=heads,
+        A=heads * d, K=text["num_key_value_heads"] * d, layers=layers,
+        E=experts, k=k, routed=routed, dense=dense, wide=wide, vheads=vision["num_heads"],
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
         vD=vision["hidden_size"], vF=vision["intermediate_size"], depth=vision["depth"],
         positions=vision["num_position_embeddings"], out=vision["out_hidden_size"],
@@ -128,13 +144,16 @@ def dimensions(config: dict) -> SimpleNamespace:
 
 def count(m) -> SimpleNamespace:
     """Numbers in each part of the model: one layer, embedding, head, vision, total."""
-    layer = 2 * m.A * m.D + 2 * m.K * m.D + 3 * m.D * m.F + 2 * m.d + 2 * m.D
+    attention = 2 * m.A * m.D + 2 * m.K * m.D + 2 * m.d + 2 * m.D           # and the norms
+    dense, experts = 3 * m.D * m.dense, m.E * (3 * m.D * m.wide + m.D)      # and their router
+    layer = attention + max(dense, experts)
     embedding, head = m.V * m.D, 0 if m.tied else m.V * m.D
     block = 4 * m.vD**2 + 2 * m.vD * m.vF + m.vF + 9 * m.vD
     wide = m.merge**2 * m.vD                          # one visual token's patches, side by side
     vision = (m.vD * (m.pixels + 1) + m.positions * m.vD + m.depth * block
               + m.mergers * (wide**2 + wide + m.out * wide + m.out + 2 * wide) - 2 * (wide - m.vD))
-    language = m.layers * layer + m.D + embedding + head
+    language = (m.layers * attention + (m.layers - m.routed) * dense + m.routed * experts
+                + m.D + embedding + head)
     return SimpleNamespace(layer=layer, embedding=embedding, head=head, vision=vision,
                            language=language, total=language + vision)
 
@@ -159,19 +178,21 @@ def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
     core = 2 * m.K * b + m.A * b + 4 * m.heads        # keys, values, and the result
     if attention == "eager":                          # repeated for all heads; softmax in float32
         core = 3 * m.A * b + m.heads * row * (4 + (b if b < 4 else 0))
-    return norms + queries + core + m.F * (3 * b + w)
+    experts = m.k * (m.D * (b + w) + 40) + 4 * m.E    # results, copies, where from; the router's
+    return norms + queries + core + m.F * (3 * b + w) + experts
 
 
 def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
     """Bytes a token while one decoder layer runs without gradients; padded: with a mask."""
     scores = {"eager": m.heads * row * (8 + b), "sdpa": padded * row * (1 + b)}.get(attention, 0)
-    return max(2 * m.D * b + 3 * m.F * b, m.D * (b + 12),
+    inner = 3 * m.F if not m.k else max(4 * m.F + m.k * m.D, 4 * m.k * m.D)
+    return max(2 * m.D * b + inner * b, m.D * (b + 12),
                b * (m.D + 5 * m.A + 2 * m.K) + 8 * m.A) + scores
 
 
 def layer_returns(m, b: int) -> float:
     """Bytes a token of gradients while backward goes through one decoder layer."""
-    return 3 * m.F * b + m.D * (2 * b + 8)
+    return (3 * m.F + 2 * m.k * m.D) * b + m.D * (2 * b + 8)
 
 
 def block_keeps(m, b: int, picture: int, attention: str) -> float:
@@ -428,11 +449,11 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     return out
 
 
-def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
-    """Flags that bring the peak below `memory` bytes, as few as found, and the plan with them.
+def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan, dict]:
+    """Flags that bring the peak below `memory` bytes, as few as found; the plan with them, which
+    says whether it fits; and the settings they change.
 
-    Greedy: takes what lowers the peak until it fits, then gives back what was not needed. The plan
-    says whether it fits.
+    Greedy: takes what lowers the peak until it fits, then gives back what was not needed.
     """
     taken, best = {}, plan(run, *models)
     options = changes(run)
@@ -452,7 +473,7 @@ def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
         now = plan(replace(run, **merge(rest)), *models)
         if now.peak <= memory:
             taken, best = rest, now
-    return [flag for flag, _ in taken.values()], best
+    return [flag for flag, _ in taken.values()], best, merge(taken)
 
 
 def merge(taken: dict) -> dict:
@@ -489,20 +510,37 @@ def report(config) -> str:
         lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
                      f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
     if memory:
-        lines += ["", verdict(run, made, memory, models)]
+        lines += ["", verdict(run, made, memory, models, config)]
     return "\n".join(lines)
 
 
-def verdict(run: Run, made: Plan, memory: float, models) -> str:
-    """Whether the run fits, and the flags that make it fit."""
+def command(gpus: int, config, changed: dict) -> str:
+    """The whole command line of a run: what differs from the defaults, with some settings changed."""
+    words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
+    words.append("distill.py")
+    for setting in fields(config):
+        value = changed.get(setting.name, getattr(config, setting.name))
+        if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
+            continue
+        flag = setting.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def verdict(run: Run, made: Plan, memory: float, models, config) -> str:
+    """Whether the run fits, and a command with the flags that make it fit."""
     size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
     if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB"
-    flags, best = make_fit(run, memory * GB, *models)
+        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, config, {})}"
+    flags, best, changed = make_fit(run, memory * GB, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
     if best.peak <= memory * GB:
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return text + f"It does, in {best.peak / GB:.1f} GB, with\n  {' '.join(flags)}\n  ({host})"
+        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):\n"
+                f"  {command(run.gpus, config, changed)}")
     phase = max(best.peaks, key=best.peaks.get)
     text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
