@@ -271,7 +271,7 @@ def _draw(logits, uniform, temperature, top_p, top_k):
     probs = logits.softmax(-1)
     if top_p < 1:
         # keep a token if the mass before it is below top_p: the most likely one always stays
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
         probs /= probs.sum(-1, keepdim=True)
     index = _invert_cdf(probs, uniform)                                             # (R, 1)
     tokens = index if order is None else order.gather(1, index)
