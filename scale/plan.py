@@ -263,6 +263,7 @@ class Run:
     gradient_checkpointing: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
+    score_privilege: bool = False
     gpus: int = 1
 
     def reads_once(self) -> bool:
@@ -358,12 +359,19 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
 
 
 def evaluate(run: Run, z) -> float:
-    """Before the first step, without moments; each of several GPUs has the whole teacher then."""
+    """Before the first step, without moments: the base answers, then the hinted teacher, unless it
+    only scores. Each of several GPUs has the whole of the model that answers."""
     alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
-    _, generating = sampling(alone, z.t, z.tb, GROUP * alone.sample_batch, z.most)
-    moments = 0 if run.offload_optimizer else 8 * z.trained / run.gpus
-    whole = z.tb * z.u.total if run.gpus > 1 else 0
-    return z.always - moments + whole + (z.teacher - z.resting_teacher) + generating
+    resting = z.always - (0 if run.offload_optimizer else 8 * z.trained / run.gpus)
+
+    def answering(m, b: int, numbers: int) -> float:
+        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, z.most)
+        return resting + generating + (b * numbers if run.gpus > 1 else 0)
+
+    base = answering(z.m, z.b, z.c.total + z.module)
+    if run.score_privilege:
+        return base
+    return max(base, answering(z.t, z.tb, z.u.total) + z.teacher - z.resting_teacher)
 
 
 def sample(run: Run, z) -> float:
@@ -434,6 +442,8 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     while size > 1:
         size //= 2
         out.append((f"--sample-batch {size}", {"sample_batch": size}))
+    if run.gpus > 1 and run.teacher not in ("self", "ema") and not run.score_privilege:
+        out.append(("--score-privilege", {"score_privilege": True}))
     if not run.gradient_checkpointing:
         out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     tokens = run.micro_batch_tokens
@@ -480,17 +490,62 @@ def merge(taken: dict) -> dict:
     return {name: value for _, change in taken.values() for name, value in change.items()}
 
 
-def report(config) -> str:
-    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
-    shape cannot be had."""
-    run, memory = from_settings(config), config.gpu_memory
-    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
-        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+def read_models(config) -> tuple[tuple, str, str]:
+    """(what plan() takes of both models, where the student's shape is from, and the teacher's)."""
     student, most, where = read_config(config.student)
     teacher, there = None, ""
     if config.teacher not in ("self", "ema"):
         teacher, _, there = read_config(config.teacher)
-    models = (student, teacher, most)
+    return (student, teacher, most), where, there
+
+
+def choose_sizes(config, memory: float) -> None:
+    """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
+
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
+    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    """
+    free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
+    run = from_settings(config)
+    if memory and free:
+        models, _, _ = read_models(config)
+        row = run.max_prompt_tokens + run.max_new_tokens
+        sizes = {"micro_batch_tokens": (32768, 24576, 16384, 12288, 8192, row),
+                 "sample_batch": (128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)}
+        run = replace(run, **{name: sizes[name][-1] for name in free})
+        scores = replace(run, score_privilege=True)
+        if (run.gpus > 1 and run.teacher not in ("self", "ema")
+                and plan(run, *models).peak > 0.9 * memory * GB >= plan(scores, *models).peak):
+            run, config.score_privilege = scores, True
+        for name in reversed(free):          # the micro-batch first: it decides the longest phase
+            for size in sizes[name]:
+                tried = replace(run, **{name: size})
+                if size >= row * (name != "sample_batch") and (
+                        plan(tried, *models).peak <= 0.9 * memory * GB):
+                    run = tried
+                    break
+    config.sample_batch, config.micro_batch_tokens = run.sample_batch, run.micro_batch_tokens
+
+
+def fitted(config, memory: float) -> tuple:
+    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say of them).
+    """
+    sized = replace(config)
+    choose_sizes(sized, memory)
+    run, (models, _, _) = from_settings(sized), read_models(sized)
+    return verdict(run, plan(run, *models), memory, models, config, sized)
+
+
+def report(config) -> str:
+    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
+    shape cannot be had."""
+    asked, config, memory = config, replace(config), config.gpu_memory
+    choose_sizes(config, memory)
+    run = from_settings(config)
+    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
+        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+    models, where, there = read_models(config)
+    student, _, most = models
     made = plan(run, *models)
     m = dimensions(student)
     lines = [f"student {config.student}: shape from {where}"]
@@ -510,16 +565,16 @@ def report(config) -> str:
         lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
                      f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
     if memory:
-        lines += ["", verdict(run, made, memory, models, config)]
+        lines += ["", verdict(run, made, memory, models, asked, config)[1]]
     return "\n".join(lines)
 
 
-def command(gpus: int, config, changed: dict) -> str:
-    """The whole command line of a run: what differs from the defaults, with some settings changed."""
+def command(gpus: int, config) -> str:
+    """The whole command line of a run: what differs from the defaults."""
     words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
     words.append("distill.py")
     for setting in fields(config):
-        value = changed.get(setting.name, getattr(config, setting.name))
+        value = getattr(config, setting.name)
         if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
             continue
         flag = setting.name.replace("_", "-")
@@ -530,23 +585,31 @@ def command(gpus: int, config, changed: dict) -> str:
     return " ".join(words)
 
 
-def verdict(run: Run, made: Plan, memory: float, models, config) -> str:
-    """Whether the run fits, and a command with the flags that make it fit."""
-    size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
-    if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, config, {})}"
-    flags, best, changed = make_fit(run, memory * GB, *models)
+def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
+    """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
+
+    asked: the settings as typed; sized: with the sizes that choose_sizes found.
+    """
+    size = f"{memory:.3g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
+    # sizes that are chosen here leave some room
+    room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
+    if made.peak <= room:
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, sized)}"
+    flags, best, changed = make_fit(run, room, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
-    if best.peak <= memory * GB:
+    if best.peak <= room:
+        sized = replace(asked, **changed)             # with these flags there may be room for more
+        choose_sizes(sized, memory)
+        best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):\n"
-                f"  {command(run.gpus, config, changed)}")
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):"
+                       f"\n  {command(run.gpus, sized)}")
     phase = max(best.peaks, key=best.peaks.get)
     text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
-            and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
-    return text + (f" --train {' or --train '.join(less)} would." if less else
-                   " A smaller model, shorter --max-new-tokens or more GPUs would.")
+            and make_fit(replace(run, train=train), room, *models)[1].peak <= room]
+    return sized, text + (f" --train {' or --train '.join(less)} would." if less else
+                          " A smaller model, shorter --max-new-tokens or more GPUs would.")
 
 
 def from_settings(config) -> Run:
@@ -556,4 +619,6 @@ def from_settings(config) -> Run:
     values["device"] = config.device or "cuda"
     values["gpus"] = config.gpus or int(os.environ.get("WORLD_SIZE", 1))
     values["dtype"] = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    values["sample_batch"] = config.sample_batch or Run.sample_batch
+    values["micro_batch_tokens"] = config.micro_batch_tokens or Run.micro_batch_tokens
     return Run(**values)
