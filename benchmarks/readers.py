@@ -1,4 +1,4 @@
-"""benchmarks/readers.py - read the paper's seven benchmarks from the files that their authors publish.
+"""benchmarks/readers.py - read the paper's seven benchmarks from the files their authors publish.
 
 The idea.  Every benchmark has its own layout, and a quiet misreading costs more than most training
 runs gain. Here one plain function per benchmark turns rows into items, and everything doubtful is
