@@ -13,25 +13,20 @@ In:  a stock Qwen3-VL model.  Out: the same model with hooks, and a CueRecovery 
 new weights, reachable as model.cue_recovery (so .to(), .parameters() and deepcopy include it).
 
 Use it alone (imports torch, and safetensors to save):
-    cue = attach(model, every=5)     # the model's logits are still exactly what they were
-    ... train, model.generate(...), any sampling loop ...
+    cue = attach(model, every=5)         # the model's logits are still exactly what they were
     with cue.prompt(end): model(...)     # sink="last" only: where the prompt of a training row ends
     cue.save("cue_recovery.safetensors"); cue.detach()
 
 Departures from the paper and its release
 1) W_O starts at zero: at step 0 the student is the base model, exactly.
-2) One query needs no K and no U. score_j = q . (W_K x_j) = (W_K^T q) . x_j, and
-   sum_j a_j W_V x_j = W_V (sum_j a_j x_j): project the one query and the one mean, not N tokens.
-   RMSNorm moves along: its gain is a diagonal, its 1/rms one number per token. Same function, same
-   weights, about a hundredth of the multiplications at 1,782 visual tokens; tested against the
-   plain form in float64.
+2) Block.absorbed computes what Block.textbook does, with the same weights and about a hundredth of
+   the multiplications at 1,782 visual tokens; they are tested equal in float64.
 3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its
    DeepStack addition), and never behind the last layer, where no token could read the sink any
    more. The 8B model of the release has such a block: 67 M parameters without a useful gradient.
-4) sink="last" is one step beyond the paper. The first token stands before everything and cannot see
-   the question, so it asks every picture the same thing whatever is asked. The last token of the
-   prompt has read picture and question, and the answer's tokens read it. "first", the paper's, is
-   the default.
+4) sink="last" is one step beyond the paper. The first token cannot see the question, so it asks
+   every picture the same thing. The last token of the prompt has read picture and question, and
+   the answer's tokens read it. The default is the paper's "first".
 Prefill means: no cached positions yet. A training forward has no cache, so the module is on there.
 With gradient checkpointing and transformers before 5.23, run backward before the next forward: the
 layers are run again in backward and read the masks of the last forward.
@@ -42,86 +37,26 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 # Dimension letters: B rows, L tokens, N columns between the first and last visual token of the
 # batch, D hidden size, H heads, d = D / H.
 
 
-class RMSGain(nn.Module):
-    """The learnt gain of an RMSNorm; who uses it decides where the 1/rms goes."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-
-# What reads all visual states v: their norm, and two products. Each has a backward pass of its own,
-# the same formula as autograd's, which would go over v several times in float32 for the norm, and
-# read it transposed for the products: bf16 on a CPU then takes ten times as long, or more
-# (tests/speed/README.md, "Module"). v needs no gradient at the first block of a frozen model.
-
-class _InverseRMS(torch.autograd.Function):
-    """(..., D) -> (...) float32, one over the root mean square. No normalised copy of x is made."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1,
-                                        dtype=torch.promote_types(x.dtype, torch.float32))
-        r = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        ctx.save_for_backward(x, r)
-        return r
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x, r = ctx.saved_tensors
-        slope = -upstream * r**3 / x.shape[-1]                       # dr/dx = -r^3 x / D
-        return x * slope[..., None].to(x.dtype), None
-
-
-class _Scores(torch.autograd.Function):
-    """v q^T: v (B, N, D), q (B, H, D) -> (B, N, H)."""
-
-    @staticmethod
-    def forward(ctx, v, q):
-        ctx.save_for_backward(v, q)
-        return v @ q.mT
-
-    @staticmethod
-    def backward(ctx, upstream):
-        v, q = ctx.saved_tensors
-        return upstream @ q if ctx.needs_input_grad[0] else None, upstream.mT @ v
-
-
-class _Mean(torch.autograd.Function):
-    """a^T v: a (B, N, H), v (B, N, D) -> (B, H, D)."""
-
-    @staticmethod
-    def forward(ctx, a, v):
-        ctx.save_for_backward(a, v)
-        return a.mT @ v
-
-    @staticmethod
-    def backward(ctx, upstream):
-        a, v = ctx.saved_tensors
-        return v @ upstream.mT, a @ upstream if ctx.needs_input_grad[1] else None
-
-
-inverse_rms, scores_of, mean_of = _InverseRMS.apply, _Scores.apply, _Mean.apply
-
-
 class Block(nn.Module):
     """The cross-attention of one layer: 4 D^2 weights, no biases."""
 
-    def __init__(self, hidden: int, heads: int, eps: float, prefill: SimpleNamespace):
+    def __init__(self, hidden: int, heads: int, eps: float):
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden size {hidden} is not a multiple of {heads} heads")
-        self.heads, self.eps, self.prefill = heads, eps, prefill
-        self.sink_norm, self.visual_norm = RMSGain(hidden), RMSGain(hidden)
+        self.heads = heads
+        self.sink_norm, self.visual_norm = nn.RMSNorm(hidden, eps), nn.RMSNorm(hidden, eps)
         # skip_init: nn.Linear would draw from the global generator; CueRecovery fills all four
         self.query, self.key, self.value, self.output = (
             nn.utils.skip_init(nn.Linear, hidden, hidden, bias=False) for _ in range(4))
@@ -132,42 +67,61 @@ class Block(nn.Module):
         Returns x with every row's sink updated, out of place, and the attention (B, H, N).
         """
         B, _, D = x.shape
-        H, d = self.heads, D // self.heads
         rows = torch.arange(B, device=x.device)
         h = x[rows, sink]                                                          # (B, D)
-        v = x[:, lo:hi]                                                            # (B, N, D)
-        r = inverse_rms(v, self.eps)[..., None]                                    # (B, N, 1)
-        q = self.query(h * inverse_rms(h, self.eps)[:, None].to(x.dtype) * self.sink_norm.weight)
-        # the query moves through W_K, instead of every token of the picture
-        q = torch.einsum("bhd,hdD->bhD", q.view(B, H, d), self.key.weight.view(H, d, D))
-        q = q * self.visual_norm.weight                                            # (B, H, D)
-        scores = scores_of(v, q).to(r.dtype) * r / math.sqrt(d)                    # (B, N, H)
-        # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
-        scores = scores.masked_fill(~visual[..., None], torch.finfo(scores.dtype).min)
-        attention = scores.softmax(dim=1) * visual.any(dim=1)[:, None, None]
-        # the mean moves through W_V, instead of every token of the picture
-        mean = mean_of((attention * r).to(x.dtype), v)                             # (B, H, D)
-        mean = mean * self.visual_norm.weight
-        z = torch.einsum("bhD,hdD->bhd", mean, self.value.weight.view(H, d, D)).reshape(B, D)
-        return x.index_put((rows, sink), h + self.output(z)), attention.transpose(1, 2)
+        q = self.query(self.sink_norm(h)).view(B, self.heads, -1)                  # (B, H, d)
+        z, attention = self.absorbed(q, x[:, lo:hi], visual)
+        h = h + self.output(z.reshape(B, D))
+        return x.index_put((rows, sink), h), attention
 
-    def hook(self, layer, args):
-        """Pre-hook of the decoder layer that reads the updated sink."""
-        now = self.prefill
-        if not now.on:
-            return None
-        x, attention = self(args[0], now.sink, now.visual, now.lo, now.hi)
-        if now.keep_attention:
-            full = attention.new_zeros(*attention.shape[:2], args[0].shape[1])
-            full[:, :, now.lo:now.hi] = attention.detach()
-            now.attention[self.layer] = full
-        return (x, *args[1:])
+    def textbook(self, q, v, visual):
+        """Attn(q, K, U) as the paper writes it, with K and U of every visual token.
+
+        q (B, H, d), v (B, N, D), visual (B, N) -> (B, H, d), and the attention (B, H, N).
+        """
+        V = self.visual_norm(v)
+        K, U = (W(V).unflatten(-1, q.shape[1:]) for W in (self.key, self.value))   # (B, N, H, d)
+        scores = torch.einsum("bhd,bnhd->bhn", q, K) / math.sqrt(q.shape[-1])
+        attention = softmax(scores, visual)                                        # (B, H, N)
+        return torch.einsum("bhn,bnhd->bhd", attention.to(v.dtype), U), attention
+
+    def absorbed(self, q, v, visual):
+        """The same function. One query needs no K and no U:
+
+            q . (W_K x_j) = (W_K^T q) . x_j        sum_j a_j W_V x_j = W_V (sum_j a_j x_j)
+
+        Project the one query and the one mean, not N tokens. RMSNorm moves along: its gain is a
+        diagonal, its 1/rms one number per token.
+        """
+        W_K, W_V = (W.weight.unflatten(0, q.shape[1:]) for W in (self.key, self.value))  # (H, d, D)
+        gain, r = self.visual_norm.weight, inverse_rms(v, self.visual_norm.eps)    # (D,), (B, 1, N)
+        asked = torch.einsum("bhd,hdD->bhD", q, W_K) * gain                        # (B, H, D)
+        scores = (v @ asked.mT).mT * r / math.sqrt(q.shape[-1])                    # (B, H, N)
+        attention = softmax(scores, visual)
+        mean = (attention * r).to(v.dtype) @ v * gain                              # (B, H, D)
+        return torch.einsum("bhD,hdD->bhd", mean, W_V), attention
+
+
+def inverse_rms(v, eps: float):
+    """(B, N, D) -> (B, 1, N), in float32 at least, without a float32 copy of v."""
+    exact = torch.promote_types(v.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(v, dim=-1, dtype=exact)
+    return (norm.square() / v.shape[-1] + eps).rsqrt()[:, None]
+
+
+def softmax(scores, visual):
+    """Over the visual tokens of a row, in float32 at least; 0 in rows without. (B, H, N)."""
+    # a finite fill: -inf would give NaN in rows without a picture, and NaN * 0 is NaN
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(~visual[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) * visual.any(dim=-1)[:, None, None]
 
 
 class CueRecovery(nn.Module):
     """All blocks, and what they need to know of the prompt that is being read.
 
     blocks            ModuleDict, "l" -> the Block applied between layer l and layer l + 1
+    prefill           of the last forward: is it one with pictures (on), where are they, the sinks
     keep_attention    set True to collect attention maps
     attention         {l: (B, H, L)} of the last prefill; zero off the visual tokens
     """
@@ -177,44 +131,40 @@ class CueRecovery(nn.Module):
         config = model.config.text_config
         self.every, self.sink, self.end = every, sink, None
         self.image_ids = (model.config.image_token_id, model.config.video_token_id)
-        self.prefill = SimpleNamespace(on=False, muted=False, keep_attention=False, attention={})
+        self.prefill, self.attention = SimpleNamespace(on=False), {}
+        self.muted = self.keep_attention = False
+        self.owner = [model]        # in a list: as an attribute it would become our own submodule
+        self.hooks = [model.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self.blocks = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
         decoder = model.model.language_model.layers
         for layer in range(0, len(decoder) - 1, every):
-            block = Block(config.hidden_size, config.num_attention_heads, config.rms_norm_eps,
-                          self.prefill)
-            block.layer = layer
+            block = Block(config.hidden_size, config.num_attention_heads, config.rms_norm_eps)
             for linear in (block.query, block.key, block.value):
                 nn.init.normal_(linear.weight, std=config.hidden_size**-0.5, generator=generator)
             nn.init.zeros_(block.output.weight)
-            # Bound methods, not closures: a deep copy of the model then hooks the copy's blocks.
             reader = decoder[layer + 1]
-            block.handle = reader.register_forward_pre_hook(block.hook)
             self.blocks[str(layer)] = block.to(reader.input_layernorm.weight)
-        self.owner = [model]        # in a list: as an attribute it would become our own submodule
-        self.handle = model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            # a method, not a closure: a deep copy of the model then asks the copy's blocks
+            self.hooks.append(reader.register_forward_pre_hook(partial(self._ask, layer)))
 
-    @property
-    def keep_attention(self) -> bool:
-        return self.prefill.keep_attention
-
-    @keep_attention.setter
-    def keep_attention(self, value: bool) -> None:
-        self.prefill.keep_attention = value
-
-    @property
-    def attention(self) -> dict[int, torch.Tensor]:
-        return self.prefill.attention
+    def _ask(self, layer: int, _, args):
+        """Before the decoder layer that follows `layer`: its states, with the sinks updated."""
+        now = self.prefill
+        if not now.on:
+            return None
+        x, attention = self.blocks[str(layer)](args[0], now.sink, now.visual, now.lo, now.hi)
+        if self.keep_attention:
+            self.attention[layer] = F.pad(attention.detach(), (now.lo, x.shape[1] - now.hi))
+        return (x, *args[1:])
 
     def _begin(self, module, args, kwargs) -> None:
         """Before a forward: is this a prefill, where is each row's sink, where are its pictures?"""
-        now = self.prefill
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        now.on = not now.muted and (cache is None or cache.get_seq_length() == 0)
+        now, cache = self.prefill, kwargs.get("cache", kwargs.get("past_key_values"))
+        now.on = not self.muted and (cache is None or cache.get_seq_length() == 0)
         if not now.on:
             return
-        now.attention = {}
+        self.attention = {}
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise ValueError("cue recovery finds the visual tokens by their ids: pass input_ids, "
@@ -226,14 +176,16 @@ class CueRecovery(nn.Module):
         visual = (ids == self.image_ids[0]) | (ids == self.image_ids[1])           # (B, L)
         columns = visual.any(dim=0).nonzero()[:, 0]
         now.on = len(columns) > 0                       # a batch of text only: nothing to ask
-        if now.on:
-            # Pictures come first in a prompt, so this span is nearly all visual tokens.
-            now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
-            now.visual = visual[:, now.lo:now.hi]
-            mask = torch.ones_like(ids) if mask is None else mask.long()
-            # (B,), the first token that is not padding, or the last of the prompt
-            now.sink = mask.argmax(dim=1) if self.sink == "first" else self._prompt_end(
-                mask, cached=cache is not None or bool(kwargs.get("use_cache")))
+        if not now.on:
+            return
+        # Pictures come first in a prompt, so this span is nearly all visual tokens.
+        now.lo, now.hi = int(columns[0]), int(columns[-1]) + 1
+        now.visual = visual[:, now.lo:now.hi]                                      # (B, N)
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        if self.sink == "first":
+            now.sink = mask.argmax(dim=1)               # (B,), the first that is not padding
+        else:
+            now.sink = self._prompt_end(mask, cache is not None or bool(kwargs.get("use_cache")))
 
     def _prompt_end(self, mask, cached: bool) -> torch.Tensor:
         """(B,) column of each row's last prompt token. mask (B, L)."""
@@ -244,33 +196,31 @@ class CueRecovery(nn.Module):
                              "say where the prompt ends: `with model.cue_recovery.prompt(end):`")
         return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
-    @contextmanager
     def prompt(self, end):
-        """In the forwards inside, prompts end before column `end`, and responses may follow.
+        """`with cue.prompt(end):` prompts end before column `end`, and responses may follow.
 
         end: one column for all rows, or (B,) for each its own. sink="last" needs it where no cache
-        tells that only the prompt is there; to "first" it is nothing.
+        tells that only the prompt is there; sink="first" ignores it.
         """
-        self.end = end
-        try:
-            yield
-        finally:
-            self.end = None
+        return self._for_a_while("end", end)
+
+    def off(self):
+        """`with cue.off():` the stock model, so that a frozen backbone can teach without a copy."""
+        return self._for_a_while("muted", True)
 
     @contextmanager
-    def off(self):
-        """The stock model meanwhile, so that a frozen backbone can teach without a copy of it."""
-        was, self.prefill.muted = self.prefill.muted, True
+    def _for_a_while(self, name: str, value):
+        was = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.prefill.muted = was
+            setattr(self, name, was)
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""
-        self.handle.remove()
-        for block in self.blocks.values():
-            block.handle.remove()
+        for hook in self.hooks:
+            hook.remove()
         for model in self.owner:
             del model.cue_recovery
         self.owner.clear()

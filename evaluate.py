@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -38,6 +37,9 @@ from data import records as record_files, toy
 from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.checks import check_placement
+from scale.decoder import FastDecoder
+from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
@@ -82,10 +84,10 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
         prompts = (processor.prompt(r, hint(r)) for r in map(with_frames, part))
         read = processor.in_turn(prompts, model.device)
         got = sample(model, read(batch_size), more=read, max_new_tokens=max_new_tokens,
-                     temperature=temperature, top_p=top_p, top_k=top_k,
+                     temperature=temperature, top_p=top_p, top_k=top_k, decoder=FastDecoder,
                      presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
-               in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
+               in zip(part, got.ids.tolist(), got.lengths.tolist(), got.stopped.tolist())]
 
 
 def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
@@ -110,11 +112,6 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 
 
 # ---------------------------------------------------------------------------- count
-
-def count_hints(response: str) -> int:
-    """How often the word "hint" stands there: whole word, any case (table 8)."""
-    return len(re.findall(r"\bhint\b", response, re.IGNORECASE))
-
 
 def summarise(rows: list[dict]) -> dict:
     """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""
@@ -231,7 +228,8 @@ def run_settings(model: Path) -> dict:
 
 def load_asked(args, own: dict):
     """The model of the command line. own: its run's settings, where nothing is typed."""
-    return load(args.model, args.dtype or None, args.device or None,
+    device, dtype = check_placement(args.device, args.dtype)
+    return load(args.model, dtype, device,
                 min_pixels=args.min_pixels or own["min_pixels"] or None,
                 max_pixels=args.max_pixels or own["max_pixels"] or None)
 

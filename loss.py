@@ -1,19 +1,14 @@
 """loss.py - how far the student's next-token distribution is from the teacher's, token by token.
 
-The idea.  Student and teacher have read the same response; at each of its N tokens each holds a
-hidden state from which its lm_head makes V logits. The divergence of the two distributions is
-exact, over the whole vocabulary, at temperature 1. V is 151,936: logits of a whole response would
-be the largest tensors of the step (1,024 tokens: 0.6 GB a copy, several copies), so they exist a
-chunk at a time, and the gradient is made right there, instead of keeping the logits or computing
-them twice.
-
-    forward_kl  KL(p_T || p)   covers what the teacher would say; OPSD's objective, the default
-    reverse_kl  KL(p || p_T)   avoids what the teacher would not say
-    jsd         between the two, at most ln 2
-    sampled     k1 at the sampled token only: what the paper trains with (eq. 6-8)
+The idea.  Student and teacher have read the same response. At each of its N tokens each model holds
+a hidden state, from which its lm_head makes V logits. The divergence of the two distributions is
+exact: over the whole vocabulary, at temperature 1. It stands here twice. First on the board: whole
+(N, V) tensors, two or three lines a function. Then distill_loss, with the same values and gradients
+but no (N, V) tensor: V is 151,936, so the logits of 1,024 tokens are 0.6 GB a copy. It makes them a
+chunk at a time, and their gradient at once: logits are neither kept nor computed twice.
 
 In:  hidden states (N, D) of both models, both heads.
-Out: (N,) nats, differentiable in the student's.
+Out: (N,) nats, differentiable in the student's states and head.
 
 The one equation.  With p = softmax(student logits), the gradient in the logits:
     forward_kl  p - p_T     reverse_kl  p (log p - log p_T - KL)     sampled  A_n (p - onehot(y_n))
@@ -33,78 +28,89 @@ import math
 import torch
 
 # Dimension letters: N scored tokens, n tokens of one chunk, D hidden size, V vocabulary.
+# p is the student's distribution, q the teacher's (p_T in the paper).
 
 ROWS = 16        # tokens between the matrix products: four (16, V) float32 tensors are 39 MB
 WORDS = 2048     # of the head's gradient in bf16: one (2048, 2048) tensor is 8 MB
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, tokens=None):
-    """Divergence of two log-distributions (n, V) at n positions, and its gradient.
+# On the board. Autograd finds the gradients.
 
-    Returns nats (n,) and d nats / d student logits (n, V), a tensor of its own. `tokens` (n,): the
-    sampled ids, for "sampled". Here p is the student's distribution, q the teacher's. Written in
-    place where it can be: at most two (n, V) tensors beside the two that came in (jsd three).
+def kl(log_a, log_b):
+    """KL(a || b) of two log-distributions (N, V): (N,) nats."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def forward_kl(log_p, log_q):       # where the teacher goes, be there too: OPSD's, our default
+    return kl(log_q, log_p)
+
+
+def reverse_kl(log_p, log_q):       # do not go where the teacher does not
+    return kl(log_p, log_q)
+
+
+def jsd(log_p, log_q):              # both against their mean; at most ln 2
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (kl(log_p, log_mean) + kl(log_q, log_mean))
+
+
+def sampled(log_p, log_q, tokens):
+    """k1 at the sampled tokens (N,), the paper's (eq. 6-8): value -A, gradient of -A log p(y)."""
+    log_p, log_q = (x.gather(1, tokens[:, None])[:, 0] for x in (log_p, log_q))           # (N,)
+    # floored and clamped as in the release
+    A = (log_q.clamp(min=-10) - log_p.clamp(min=-10)).clamp(-10, 10).detach()
+    return -A * (log_p - log_p.detach()) - A
+
+
+# The same by hand, a chunk at a time.
+
+def divergence(log_p, log_q, kind: str, tokens=None):
+    """The function of that name on the board: nats (n,), and d nats / d student logits (n, V).
+
+    Works in place where it can: at most two (n, V) tensors beside the two that came in (jsd three).
     """
-    if kind == "forward_kl":                  # KL(q || p): where the teacher goes, be there too
-        q = teacher.exp()
-        nats = (teacher - student).mul_(q).sum(-1)
-        return nats, student.exp().sub_(q)
-    if kind == "reverse_kl":                  # KL(p || q): do not go where the teacher does not
-        return _through_softmax(student.exp(), student - teacher)
-    if kind == "jsd":                         # both, against the mean of the two; at most ln 2
-        middle = torch.logaddexp(student, teacher).sub_(math.log(2))
-        theirs = (teacher - middle).mul_(teacher.exp()).sum(-1)
-        ours, slope = _through_softmax(student.exp(), student - middle)
-        return 0.5 * (ours + theirs), slope.mul_(0.5)
-    if kind == "sampled":                     # k1 at the sampled token (eq. 6-8); in the release
-        floor, clamp = -10.0, 10.0            # log-probs floored, the advantage clamped
-        at = tokens[:, None]
-        advantage = (teacher.gather(1, at).clamp(min=floor)
-                     - student.gather(1, at).clamp(min=floor)).clamp(-clamp, clamp)   # A_n
-        # the loss -A_n log p(y_n): its gradient in the logits is A_n (p - onehot)
-        slope = student.exp().mul_(advantage)
-        return -advantage[:, 0], slope.scatter_add_(1, at, -advantage)
+    if kind == "forward_kl":
+        q = log_q.exp()
+        nats = (log_q - log_p).mul_(q).sum(-1)
+        return nats, log_p.exp().sub_(q)
+    if kind == "reverse_kl":
+        p = log_p.exp()
+        weighted = (log_p - log_q).mul_(p)
+        nats = weighted.sum(-1)
+        return nats, weighted.addcmul_(p, nats[:, None], value=-1)
+    if kind == "jsd":                        # what the mean itself adds to the gradient is zero
+        log_mean = torch.logaddexp(log_p, log_q).sub_(math.log(2))
+        nats, slope = divergence(log_p, log_mean, "reverse_kl")
+        return 0.5 * (nats + kl(log_q, log_mean)), slope.mul_(0.5)
+    if kind == "sampled":
+        nats, at = sampled(log_p, log_q, tokens), tokens[:, None]                       # -A_n
+        return nats, log_p.exp().mul_(-nats[:, None]).scatter_add_(1, at, nats[:, None])
     raise ValueError(f"loss {kind!r}, expected forward_kl, reverse_kl, jsd or sampled")
-
-
-def _through_softmax(p: torch.Tensor, ratio: torch.Tensor):
-    """E_p[ratio] (n,), and its gradient in the logits of p, p (ratio - E_p[ratio]) (n, V).
-
-    ratio (n, V) is log p minus something; what p itself adds to the gradient there sums to zero. It
-    is overwritten.
-    """
-    weighted = ratio.mul_(p)
-    mean = weighted.sum(-1, keepdim=True)
-    return mean[:, 0], weighted.addcmul_(p, mean, value=-1)
 
 
 def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> torch.Tensor:
     """nats of a few rows of logits; writes the gradient over the student's, fills stats[...][here].
 
-    Products like many tokens at a time. What is between them likes few: its half dozen tensors are
-    then small and stay in the cache. And all but the result is freed on return.
+    Matmuls want large chunks; the softmax between them wants small ones, to stay in cache.
     """
     exact = torch.promote_types(student.dtype, torch.float32)
     log_p, log_q = (logits.log_softmax(-1, dtype=exact) for logits in (student, teacher))
-    at = None if tokens is None else tokens[here]
-    nats, slope = divergence(log_p, log_q, kind, at)
+    tokens = None if tokens is None else tokens[here]
+    nats, slope = divergence(log_p, log_q, kind, tokens)
     student.copy_(slope)
     if stats is not None:
-        stats["gap"][here] = (log_q.gather(1, at[:, None]) - log_p.gather(1, at[:, None]))[:, 0]
+        at = tokens[:, None]
+        stats["gap"][here] = (log_q.gather(1, at) - log_p.gather(1, at))[:, 0]
         stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
     return nats
 
 
-def _add_product(total, slope, hidden) -> None:
-    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D); no second (V, D) tensor.
-
-    In bf16 the product is taken in bf16, three times as fast as in float32 even on a CPU, and added
-    up in float32. Few words at a time, since torch cannot add a product in another type in place.
-    """
+def _add_product(total, slope, hidden):
+    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D); no second (V, D) tensor."""
     hidden = hidden.to(slope.dtype)
     if total.dtype == slope.dtype:
-        total.addmm_(slope.T, hidden)
-        return
+        return total.addmm_(slope.T, hidden)
+    # products in bf16, their sum in float32: torch cannot do both in one call
     for word in range(0, len(total), WORDS):
         few = slice(word, word + WORDS)
         total[few] += slope[:, few].T @ hidden
@@ -116,15 +122,12 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, tokens,
                 kind, chunk, stats):
-        exact = torch.promote_types(student_hidden.dtype, torch.float32)
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        N = student_hidden.shape[0]
-        nats = torch.empty(N, dtype=exact, device=student_hidden.device)
+        N, (need_hidden, need_head) = len(student_hidden), ctx.needs_input_grad[:2]
+        nats = torch.empty_like(weights)                                                 # (N,)
         grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=exact) if need_head else None
-        # the two largest tensors here, written again for every chunk
-        logits = [hidden.new_empty(min(chunk, N), len(head)) for hidden, head in
-                  ((student_hidden, student_head), (teacher_hidden, teacher_head))]
+        grad_head = torch.zeros_like(student_head, dtype=weights.dtype) if need_head else None
+        # the two largest tensors here, written again for every chunk: (chunk, V)
+        logits = [head.new_empty(min(chunk, N), len(head)) for head in (student_head, teacher_head)]
         for start in range(0, N, chunk):
             part = slice(start, min(start + chunk, N))
             student, teacher = (x[:part.stop - start] for x in logits)                   # (n, V)
@@ -153,10 +156,9 @@ class _ChunkedDivergence(torch.autograd.Function):
             squares = (weights * weights).sum()      # 0 without tokens: 0 / 0 would be NaN
             scale = (upstream * weights).sum() / squares.clamp(min=torch.finfo(squares.dtype).tiny)
             if not torch.allclose(upstream, scale * weights, rtol=1e-4, atol=0):
-                raise ValueError("distill_loss: the result was reduced with other weights than the "
-                                 "`weights` it was given (default: all alike)")
-            # exactly 1 when the weights were these. Otherwise in place, since a copy is as large as
-            # the head; torch notices if a retained graph then comes here again
+                raise ValueError("distill_loss: result reduced with other weights than `weights`")
+            # exactly 1 when the weights were these. Otherwise in place: a copy is as large as the
+            # head. torch raises if a retained graph then comes here again
             if scale != 1:
                 grad_head.mul_(scale)
         return grad_hidden, grad_head, None, None, None, None, None, None, None
@@ -167,17 +169,16 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
     """Divergence between teacher and student at each of N response tokens: (N,) nats per token.
 
     student_hidden (N, D), teacher_hidden (N, D'): last hidden states *at the position before* each
-    token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: see divergence().
-    chunk: tokens whose logits exist at one time; no (N, V) tensor is made. The peak is little above
-      two (chunk, V) tensors, and the head's gradient if it learns. Fewer tokens: slower products.
+    token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: a name on the board.
+    chunk: tokens whose logits exist at one time: the peak is little above two (chunk, V) tensors.
     weights (N,): what the caller multiplies the result with before summing, needed for the head's
       gradient only (default: all alike, as for .sum() or .mean()); other weights raise in backward.
     tokens (N,): the sampled ids; needed for kind "sampled" and for stats.
     stats: a dict to be filled with "entropy" of the student and "gap", log p_T(y) - log p_theta(y).
     """
-    if student_head.shape[0] != teacher_head.shape[0]:
-        raise ValueError(f"student head has {student_head.shape[0]} rows, teacher head "
-                         f"{teacher_head.shape[0]}")
+    if len(student_head) != len(teacher_head):
+        raise ValueError(f"student head has {len(student_head)} rows, "
+                         f"teacher head {len(teacher_head)}")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected at least 1")
     if tokens is None and (kind == "sampled" or stats is not None):
@@ -185,11 +186,10 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
     if not torch.is_grad_enabled():
         # a custom function is told what has requires_grad, not whether anybody will ask for it
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
-    exact = torch.promote_types(student_hidden.dtype, torch.float32)
-    N = student_hidden.shape[0]
-    weights = student_hidden.new_ones(N, dtype=exact) if weights is None else weights.to(exact)
+    if weights is None:
+        weights = student_hidden.new_ones(len(student_hidden))
+    weights = weights.to(torch.promote_types(student_hidden.dtype, torch.float32))
     if stats is not None:
-        stats.update({k: torch.empty(N, dtype=exact, device=weights.device)
-                      for k in ("entropy", "gap")})
+        stats.update(entropy=torch.empty_like(weights), gap=torch.empty_like(weights))
     return _ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(),
                                     teacher_head.detach(), weights, tokens, kind, chunk, stats)

@@ -64,34 +64,26 @@ def frozen_copy(student):
     return freeze(teacher)
 
 
-def carry(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on `device`, itself if it is there already."""
-    return tensor.to(device)
+@contextmanager
+def eval_mode(model):
+    """Eval mode meanwhile, then each part's own mode again: a frozen part may differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
-def at_work(teacher, device=None):
+def at_work(teacher):
     """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
 
-    device: for a teacher that is kept in another memory between its turns; its weights are copied
-    there for this turn and the copies then dropped, since scoring changes no weight.
     A teacher may be the student itself, if only the student's module is trained: off with it.
     """
-    modes = [(module, module.training) for module in teacher.modules()]
-    home = [] if device is None else [
-        (tensor, tensor.data) for tensor in (*teacher.parameters(), *teacher.buffers())]
     cue = getattr(teacher, "cue_recovery", None)
-    try:
-        teacher.eval()
-        for tensor, data in home:
-            tensor.data = carry(data, device)
-        with torch.no_grad(), nullcontext() if cue is None else cue.off():
-            yield teacher
-    finally:
-        for tensor, data in home:
-            tensor.data = data
-        for module, training in modes:
-            module.training = training
+    with eval_mode(teacher), torch.no_grad(), nullcontext() if cue is None else cue.off():
+        yield teacher
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ from scale.checkpoint import read_run  # noqa: E402
 
 # Settings that do not make another arm: who is asked, where it runs, how the work is cut up.
 NOT_ARM = ("seed", "name", "device", "attention", "sample_batch", "micro_batch_tokens",
-           "gradient_checkpointing", "eval_every", "save_every", "keep")
+           "gradient_checkpointing", "eval_every", "save_every", "keep", "threads")
 MODULE = ("cue_recovery", "every", "cue_lr", "sink")     # what an arm without the module has not
 SHOWN = ("privilege", "teacher", "module", "train")      # have columns of their own
 # Settings that the base model's own number depends on; for the teacher's, two more.

@@ -46,7 +46,7 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
                               rollouts_picture, spread, table, token_spans)
 from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
-from distill import HERE, TOY, Config, response_states  # noqa: E402
+from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
 from model import load, quiet, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
@@ -252,7 +252,7 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
         if cue is not None:
             cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    hinted = processor.prompt(example.record, example.hint, seen=prompt)
+    hinted = processor.prompt(example.record, example.hint, pictures_from=prompt)
     verdict = judge(example.record, processor.decode(ids), bool(got.stopped[0]), len(ids))
     return Answer(pieces(ids.tolist(), processor.decode),
                   token_logprobs(student, processor, prompt, ids),
@@ -264,8 +264,8 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
 def token_logprobs(model, processor, prompt, ids: torch.Tensor, chunk: int = 128) -> list[float]:
     """log p of every response token ids (T,) behind `prompt`, at temperature 1, nothing banned."""
     # the very states that training scores
-    hidden = response_states(model, processor, [prompt], [0], ids[None],
-                             torch.ones_like(ids[None], dtype=torch.bool))               # (T, D)
+    hidden = response_states(processor, [ids.tolist()], last_hidden_state, [prompt], model,
+                             [0])                                                        # (T, D)
     out = []
     for start in range(0, len(ids), chunk):         # (T, V) logits of a long answer are gigabytes
         part = slice(start, start + chunk)

@@ -34,7 +34,7 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, islice
 
 KINDS = ("auto", "choice", "number", "math", "text", "list")
 MAX_CHARS = 2000    # a longer answer is compared as text only
@@ -56,39 +56,119 @@ class Grade:
 
 # ---- 1) What did the model commit to? ----------------------------------------------------------
 
+def extract(prediction, labels=None, number=False):
+    r"""(answer or None, rule): what the response commits to, never what it merely mentions.
+
+    labels: a dict label -> option text, or the labels alone, of a multiple-choice item: the answer
+    is a label. number: the answer is a number, so it may be taken out of its sentence. The rules
+    are tried in this order, and the first to find something decides.
+
+    boxed: what the prompt asked for. If it names no option, only the text behind it may.
+    >>> extract(r"first \boxed{3}, no, \boxed{4}")
+    ('4', 'boxed')
+
+    tag: the same, for prompts that ask for <answer> or for JSON.
+    >>> extract('{"solution": "1 + 1", "short answer": 2}')
+    ('2', 'tag')
+
+    commit: the last "answer is". "B or C", "not B" and a refusal withdraw the earlier ones.
+    >>> extract("The answer is A. No: the correct option letter is B.", "ABCD")
+    ('B', 'commit')
+
+    whole: a response that is nothing but an answer.
+    >>> extract("(b)", "ABCD")
+    ('B', 'whole')
+
+    last line: the answer alone below the work; a line of a list of all options is none.
+    >>> extract("The sides add up.\n\n**B. 4 cm**", {"A": "3 cm", "B": "4 cm"})
+    ('B', 'last line')
+
+    opening: label and own text, or one of the options before a comma, then the explanation.
+    >>> extract("No, it is not round. It has corners.", {"A": "Yes", "B": "No"})
+    ('B', 'opening')
+
+    sentence: the last sentence that says "is N", or "(B)", of one answer only.
+    >>> extract("4 * 4 = 16. So the perimeter is 16 m. I hope this helps!", number=True)
+    ('16 m', 'sentence')
+
+    bold: the only number in bold type.
+    >>> extract("It was highest in **1970**. The value was 5 and fell by 3.", number=True)
+    ('1970', 'bold')
+
+    mention: the only option whose words occur, in a sentence without "not".
+    >>> extract("The owls will increase in number.", {"A": "decrease", "B": "increase"})
+    ('B', 'mention')
+    """
+    text = re.sub(r"(?:</s>|<\|\w+\|>|\s)+$", "", prediction.rpartition("</think>")[2]).strip()
+    if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
+        return None, "unclosed think"
+    if labels and not isinstance(labels, dict):
+        labels = dict.fromkeys(labels, "")
+    left_over = None, "none"
+    for part in (_NEXT_QUESTION.split(text, maxsplit=1)[0].strip(), text):
+        for rule, find in RULES:
+            answer = find(part, labels, number)
+            if answer and labels and rule in ("boxed", "tag"):
+                left_over, part = (answer, rule), part.rpartition(answer)[2]
+                answer = _pick(answer, labels) or None
+            if answer is not None:
+                return (answer, rule) if answer else (None, "none")
+    return left_over
+
+
+# Small models go on and invent the next question; its options and answer are not this one's.
+_NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Hint|Choices):")
 _BRACE = re.compile(r"\\{1,2}boxed\s*\{|\\[\\{}]|[{}]")
 # A JSON field as models write it: bare numbers, and LaTeX backslashes that break a JSON parser.
 _JSON = re.compile(
     r'"(?:(?:short|final)[ _])?answer"\s{0,9}:\s{0,9}(?:"((?:[^"\\]|\\.){0,2000})"'
     r'|(\[[^\]\n]{0,2000}\]|-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[^\s",}\[][^",}\n]{0,200}))', re.I)
+# No "=" here: `answer = 'No'` is a line of code, and its other branch may say Yes.
 _COMMIT = re.compile(
-    r"(?:\b(answer|option|choice)\b|答案)(?:\s+to\s[^.:\n]{1,80}?)?[\s*_>]{0,4}"
-    r"(?:(?:is|are|was|would be|should be|must be)\b|[:：=是为])"
-    r"|\bfinal answer[*_ ]{0,4}(?=\n)", re.I)
-_LEAD = re.compile(r"(?:[\s*_:：>$]|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
+    r"(?:\b(?:answer|(?P<option>option|choice)(?: letter)?)\b|答案)(?:\s(?:to|for)\s[^.:\n]{1,80}?)?"
+    r"[\s*_>]{0,4}(?:(?:is|are|was|would be|should be|must be)\b|[:：是为])"
+    r"|^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,4}\n|\bfinal answer[*_ ]{0,4}(?=\n)"
+    r"|\b(?:is|be|matches|choose|select|pick|corresponds to)\s(?:the\s)?"
+    r"(?P<named>option|choice|letter)(?=\s)"
+    r"|(?:\boption\s|选项)\s?(?=(?P<before>[^.\n]{1,80}?)\s?"
+    r"(?:\bis\s(?:the\s)?(?:correct|right|best)\b|是?正确))", re.I | re.M)
+_LEAD = re.compile(r"(?:[\s*_:：$\"“`]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
 # Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
-_END = re.compile(r"(?<!\b[A-J])[.?。](?=[\s*]|$)|(?<=[a-z][a-z])!|>>|,?\s+(?:because|since)\b|\n")
+_END = re.compile(r"(?<!\b[A-J])[.?](?=[\s*\"”]|$)|。|(?<=[a-z][a-z])!|>>|,?\s(?:because|since)\b|\n")
+_SENTENCE = re.compile(r"(?<!\b[A-J])(?<=[.!?])[*_]{0,3}\s+|(?<=。)|\n+")
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|can not|unable to|impossible to|not possible to)\s(?:be\s)?(?:definitively\s)?"
+    r"(?:determin|answer|tell|say|know|identif|infer|conclude|decide)|\bnot (?:enough|sufficient)\b"
+    r"|\binsufficient\b|\bnot provide (?:enough|any|information)|\bdon't know\b", re.I)
+_BRANCH = re.compile(r"(?:^|[.\n])\s*(?:(?:but|and|so)\s)?(if|when|otherwise|else|unless)\b", re.I)
 
 
-def _boxed(text):
+def _boxed(text, labels=None, number=False):
     r"""Content of the last closed, non-empty \boxed{}; of nested boxes the innermost.
 
     One pass with a stack: a model that loops to its token limit writes thousands of boxes, the
     last of them cut off, and counting braces anew from every one would be quadratic.
     """
-    stack, start, end = [], -1, -1
+    stack, boxes = [], deque(maxlen=16)
     for match in _BRACE.finditer(text):
         token = match.group()
         if token == "}" and stack:
             opened = stack.pop()
-            if opened > start and text[opened:match.start()].strip():
-                start, end = opened, match.start()
+            if opened > (boxes[-1][0] if boxes else -1) and text[opened:match.start()].strip():
+                boxes.append((opened, match.start()))
         elif token[-1] == "{" and token != r"\{":
             stack.append(match.end() if "boxed" in token else -1)
-    return text[start:end].strip() if start >= 0 else None
+    answers = []
+    for start, end in reversed(boxes):      # \boxed{2} and \boxed{3} are one answer of two parts
+        if answers and not re.fullmatch(
+                r"\}[\s$,\\]*(?:(?:\\text\s*\{\s*)?and\b[\s}$]*)?\\+boxed\s*\{", text[end:last]):
+            break
+        answers.insert(0, text[start:end].strip())
+        last = start
+    return ", ".join(answers) or None
 
 
-def _tagged(text):
+def _tagged(text, labels=None, number=False):
     """Content of the last <answer>..</answer>, else of the last "short answer" field of a JSON."""
     head, closed, _ = text.rpartition("</answer>")
     _, opened, inside = head.rpartition("<answer>")
@@ -100,40 +180,152 @@ def _tagged(text):
     return None
 
 
-def extract(prediction, labels=None):
-    """(answer or None, rule): what the response commits to, never what it merely mentions.
-
-    The last box, else the last <answer> or JSON field, else the last "answer is", else the whole
-    response if it is nothing but an answer. With `labels` (a dict label -> option text, or only
-    the labels) the answer is a label, and an option's exact text as the last line counts too.
-    """
-    text = prediction.rpartition("</think>")[2].strip()
-    if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
-        return None, "unclosed think"
-    if labels and not isinstance(labels, dict):
-        labels = dict.fromkeys(labels, "")
-    for rule, answer in (("boxed", _boxed(text)), ("tag", _tagged(text))):
-        if answer:                  # final even if it names no option: no searching further
-            return labels and _pick(answer, labels) or answer, rule
+def _committed(text, labels, number):
     # A phrase loop holds thousands of commits; its last few say all that it has to say.
     for match in reversed(deque(_COMMIT.finditer(text), maxlen=20)):
-        rest = text[_LEAD.match(text, match.end()).end():][:MAX_CHARS]
-        sentence = _END.split(rest, maxsplit=1)[0].strip()
-        if not labels and sentence and (match[1] or "answer").lower() == "answer":
-            return sentence, "commit"
-        picked = labels and _pick(sentence, labels)
-        if picked == "" or labels and sentence.startswith("not "):
-            return None, "none"     # "B or C", "not B": the older commits are withdrawn by it
-        if picked:
-            return picked, "commit"
-    lines = text.splitlines() or [""]
+        start = _LEAD.match(text, match.end()).end()
+        said = match["before"] or _END.split(text[start:start + MAX_CHARS], maxsplit=1)[0].strip()
+        if labels:
+            answer = _pick(said, labels)
+            answer = _in_sentence(said, labels) if answer is None else answer
+        elif match["option"] or match["named"] or match["before"] or not said:
+            continue
+        else:
+            answer = _leading_number(said) if number else said
+            answer = _in_sentence(said) if number and answer is None else answer
+        if said.startswith("not ") or answer is not None and (
+                _is_branch(text, match.start()) or _REFUSAL.search(text, start + len(said))):
+            return ""
+        if answer is not None:
+            return answer
+    return None
+
+
+def _whole(text, labels, number):
     if labels:
-        picked = _pick(text, labels, cue=False) if len(lines) == 1 else None
-        last = _option_with_text(lines[-1], labels)
-        return (picked or last, "whole" if picked else "last line" if last else "none")
-    if 1 <= len(text.split()) <= 5 and len(lines) == 1 or _value(text) is not None:
-        return text, "whole"
-    return None, "none"
+        return None if "\n" in text else _pick(text, labels, "whole")
+    few = 1 <= len(text.split()) <= 5 and "\n" not in text and not number
+    return text if few or _value(text) is not None else None
+
+
+def _last_line(text, labels, number):
+    return _pick(_lines(text, labels)[-1], labels, "line") if labels else None
+
+
+def _opening(text, labels, number):
+    if not labels or _REFUSAL.search(text):
+        return None
+    first = _lines(text, labels)[0]
+    return (_pick(first, labels, "line") or _pick(_SENTENCE.split(first)[0], labels, "line")
+            or _option_with_text(re.split("[,.:;!]", first)[0], labels))
+
+
+def _last_sentence(text, labels, number):
+    sentences = _SENTENCE.split(text[-MAX_CHARS:]) if labels or number else ()
+    for sentence in reversed(sentences[-20:]):
+        answer = "" if _REFUSAL.search(sentence) else _in_sentence(sentence, labels)
+        if answer and _is_branch(text, text.rfind(sentence) + len(sentence)):
+            answer = ""
+        if answer is not None or re.search(r"\d", sentence):
+            return answer
+    return None
+
+
+def _bold(text, labels, number):
+    bold = re.findall(r"\*\*([^*\n]{1,40})\*\*", text[-MAX_CHARS:]) if number else ()
+    return _only_number(filter(None, map(_leading_number, bold))) or None
+
+
+def _mentioned(text, labels, number):
+    sentences = _SENTENCE.split(text[-MAX_CHARS:])
+    words = {label: _words(option) for label, option in (labels or {}).items()}
+    said = _words(text[-MAX_CHARS:])
+    hits = [word for word in words.values() if len(word) > 4 and word in said]
+    hits = {word for word in hits if not any(word != hit and word in hit for hit in hits)}
+    if len(hits) != 1 or _REFUSAL.search(text):
+        return None
+    hit = hits.pop()
+    where = [n for n, sentence in enumerate(sentences) if hit in _words(sentence)]
+    clear = not any(_NEGATION.search(sentences[n]) for n in where)
+    return next(label for label in words if words[label] == hit) if (
+        clear and {0, len(sentences) - 1} & set(where)) else None
+
+
+RULES = (("boxed", _boxed), ("tag", _tagged), ("commit", _committed), ("whole", _whole),
+         ("last line", _last_line), ("opening", _opening), ("sentence", _last_sentence),
+         ("bold", _bold), ("mention", _mentioned))
+
+_NEGATION = re.compile(r"\b(?:not|neither|nor|never|unlike|rather than|instead|or)\b|n't\b", re.I)
+_SUBORDINATE = re.compile(r"^\W*(?:so|since|because|as|given|if|when|with)\b[^,]*,\s", re.I)
+_EQUALS = re.compile(
+    r"(?:\b(?:is|are|was|were|be|equals?|needs?|spends?|spent|costs?|total of|drove)\b|[=≈])"
+    r"[\s*_`]{1,4}(?:(?:equal to|about|approximately|around|roughly|only|exactly|a total of)\s)?"
+    r"(?=[*_`$€£(\\−-]{0,4}[\d.√πa-z])", re.I)
+
+
+def _words(text):
+    return f" {' '.join(re.findall('[^_ ]+', re.sub(chr(92) + 'W+', ' ', text.casefold())))} "
+
+
+def _lines(text, labels):
+    """Its lines, less a list of the options: two lines that name different ones."""
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    lines = lines if len(lines) <= 100 else lines[:1] + lines[-99:]
+    named = {n: label for n, line in enumerate(lines) if len(line) < 500
+             and (label := _pick(line, labels, "line")) and line.strip("*_ (.") not in labels}
+    if len(set(named.values())) > 1:
+        lines = [line for n, line in enumerate(lines) if n not in named]
+    return lines or [""]
+
+
+def _is_branch(text, position):
+    """Does the sentence there hold on a condition, and is there another case beside it?"""
+    start = max(text.rfind(mark, 0, position - 1) for mark in (". ", "\n", "。")) + 1
+    match = _BRANCH.match(text[max(start, 0):position])
+    return bool(match) and (match[1].lower() in ("otherwise", "else")
+                            or len(_BRANCH.findall(text)) > 1)
+
+
+def _leading_number(text):
+    """The number with which `text` begins, "" if another one may be meant, None if there is none."""
+    words = text[:200].split()[:8]
+    for k in range(len(words), 0, -1):
+        value = _value(" ".join(words[:k]))
+        if value and value.number is not None:
+            after = words[k].strip("*_`") if k < len(words) else ""
+            if re.match(r"(?:or|and|to|if|through)$|\d", after):
+                return ""
+            goes_on = re.match(r"(?:times|plus|minus|x)$|[-+*/×÷^=<>≤≥(]", after)
+            return None if goes_on else " ".join(words[:k]).strip(" *_`.,;:")
+    return None
+
+
+def _only_number(found):
+    """The one number among them, "" if they are two."""
+    found = list(found)
+    if not found or "" in found:
+        return "" if found else None
+    return found[-1] if all(_same(_value(one), _value(found[0])) for one in found) else ""
+
+
+def _in_sentence(sentence, labels=None):
+    """The number or option of which a sentence says "is"; "" if it says so of two, else None."""
+    if labels:
+        names = "|".join(map(re.escape, labels))
+        found = [*re.finditer(rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)",
+                              sentence)]
+        if found and (len({match[2] for match in found}) > 1 or _NEGATION.search(sentence)):
+            return ""
+        for match in found:
+            tail = sentence[match.start(2) - 1:]
+            own = _plain(labels[match[2]])
+            if match[1] or own and _plain(tail[tail.index(")") + 1:]).startswith(own):
+                return _pick(tail, labels)
+    main = _SUBORDINATE.sub("", sentence[:MAX_CHARS])
+    numbers = [number for match in islice(_EQUALS.finditer(main), 20)
+               if (number := _leading_number(main[match.end():])) is not None]
+    number = _only_number(numbers)
+    return _option_with_value(number, labels) if labels and number else number
 
 
 # ---- 2) Multiple choice ------------------------------------------------------------------------
@@ -142,54 +334,75 @@ def _table(options):
     """Ordered label -> text. A list gets A, B, C..; "A. red" loses the label that it repeats."""
     if not isinstance(options, dict):
         options = dict(zip(string.ascii_uppercase, options or ()))
-    table = {str(label): re.sub(rf"^\s*\(?{re.escape(str(label))}[.:)．]\s*", "", str(text)).strip()
-             for label, text in options.items()}
-    # Blank cells of a table are options that this item lacks, unless all are: pictures.
-    return {label: text for label, text in table.items() if text} or table
+    return {str(label): re.sub(rf"^\s*\(?{re.escape(str(label))}[.:)．]\s*", "", str(text)).strip()
+            for label, text in options.items()}
 
 
 def _option_with_text(answer, labels):
-    """The label of the one option that reads `answer`, else of the one that has its value."""
-    texts = {_plain(text): label for label, text in reversed(labels.items()) if text}
-    if _plain(answer) in texts:
-        return texts[_plain(answer)]
+    """The label of the one option that reads `answer`: exactly, else but for marks and case.
+
+    s, s+ and s* are three options; once the star is taken for bold type only, "s*" names none.
+    """
+    for form in (lambda text: " ".join(text.split()), normalise, _plain):
+        said = form(answer)
+        hits = [label for label, text in labels.items() if said and form(text) == said]
+        if hits:
+            same = len({" ".join(labels[label].split()) for label in hits}) == 1
+            return hits[0] if same else None
+    return None
+
+
+def _option_with_value(answer, labels):
     value = _value(answer)
-    hits = [label for label in texts.values() if value and _same(value, _value(labels[label]))]
-    return hits[0] if len(hits) == 1 else None
+    hits = {_plain(text): label for label, text in reversed(labels.items())
+            if value and _same(value, _value(text))}
+    return [*hits.values()][0] if len(hits) == 1 else None
 
 
-def _pick(answer, labels, cue=True):
+def _pick(answer, labels, place="said"):
     """The label(s) that `answer` names ("B" or "C, D"), None if none, "" if it contradicts itself.
 
-    `cue`: the answer stood in a box or after "answer is", where "b" and "B because.." mean B.
-    Without a cue only `B`, `(B)` and `B. text` do. "A rectangle has.." names nothing, ever.
+    place: "said" in a box or after "answer is", where "b" and "B because.." mean B; else the
+    "whole" response, where only `B`, `(B)` and `B. text` do; or a "line", where the text must be
+    the option's own. "A rectangle has.." names nothing, ever.
     """
-    text, flags = normalise(answer[:MAX_CHARS]), re.S | re.I if cue else re.S
-    if cue:
-        named = r"^(?:the )?(?:correct )?(?:option|choice|letter)[\s:]+"
+    text = normalise(answer[:MAX_CHARS].replace(r"\boxed{", ""))
+    text = text[:-1] if text.count("}") > text.count("{") else text
+    said = place == "said"
+    if said:
+        named = r"^(?:the )?(?:correct )?(?:answer|option|choice|letter)\b(?: is)?[\s:]*"
         text = re.sub(named, "", text, flags=re.I)
+    flags = re.S | re.I if said or text[:1] == "(" else re.S
     names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     spelled = {label.casefold(): label for label in labels}
     lone = [re.fullmatch(rf"[(\[]?\s*({names})\s*[)\]]?\.?", part, flags)
             for part in re.split(r"\s*(?:,|;|&|\n|\band\b)\s*", text)]
-    if all(lone):
-        return ", ".join(sorted({spelled[match[1].casefold()] for match in lone}))
-    by_text = _option_with_text(text, labels)   # before "C ..": an option may read "C major"
-    match = re.match(rf"[(\[]?\s*({names})\s*([)\]]?)(?![\w'])\**(.*)", text, flags)
-    if by_text or not match:
-        return by_text
+    if lone[0] and len(lone) == 1:
+        return spelled[lone[0][1].casefold()]
+    # Before "C ..", as an option may read "C major", or "C, A, B".
+    by_text = _option_with_text(answer, labels) or _option_with_text(text, labels)
+    if by_text or all(lone):
+        return by_text or ", ".join(sorted({spelled[match[1].casefold()] for match in lone}))
+    match = re.match(rf"[(\[]?\s*({names})(?:\s*([)\]]))?(?![\w'])\**(.*)", text, flags)
+    by_value = None if place == "whole" else _option_with_value(text, labels)
+    if not match:
+        return by_value
     name, bracket, rest = match.groups()
-    label, said = spelled[name.casefold()], _plain(rest.strip(" .:,;-()"))
-    own = said and said == _plain(labels[label])
-    if re.match(rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b", rest) or (
-            said and not own and said in map(_plain, labels.values())):
+    label = spelled[name.casefold()]
+    reads = re.sub(r"^\s*[.:,;]?\s*(?:- )?", "", rest).strip(" .,;:")
+    reads = reads[1:-1] if reads[:1] == "(" and reads[-1] == ")" else reads
+    own = _plain(labels[label])
+    own = bool(own) and re.match(re.escape(own) + r"(?!\w|\.\d)", _plain(reads))
+    other = None if own else _option_with_text(reads, labels) or _option_with_value(reads, labels)
+    if other or re.match(rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b", rest) or re.match(
+            r" (?:if|when|unless)\b", rest):
         return ""                               # "B or C"; "B. 12 cm" where 12 cm is option C
     # With only a blank between, "B because" is fine, but A, I and small letters may be words.
     wordlike = name in ("A", "I") or name not in labels
-    follows = r" (?:because|since|as|is|which)\b" if wordlike else r" [\w(]"
-    clear = (own or bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest)
-             or cue and re.match(follows, rest))
-    return label if clear else None
+    follows = r" (?:because|since|as|is|which)\b| \(" if wordlike else r" [\w(]"
+    clear = own or place != "line" and (
+        bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest) or said and re.match(follows, rest))
+    return label if clear else by_value
 
 
 # ---- 3) One spelling for everything ------------------------------------------------------------
@@ -198,7 +411,8 @@ _COMMANDS = {word: symbol for symbol, words in {
     r"\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≠": "ne neq",
     "<": "lt", ">": "gt", "≈": "approx simeq", "*": "times cdot ast", "/": "div", "±": "pm",
     "∪": "cup", "∈": "in", "∞": "infty", "π": "pi", "°": "degree", "∠": "angle", ":": "colon",
-    " ": "quad qquad", "|": "vert lvert rvert", "": "left right big bigl bigr displaystyle",
+    " ": "quad qquad", "|": "vert lvert rvert",
+    "": "left right big bigl bigr displaystyle triangle",
 }.items() for word in words.split()}
 # 掳 is a degree sign that somebody upstream decoded as Chinese (MathVerse).
 _CHARACTERS = str.maketrans({
@@ -206,18 +420,20 @@ _CHARACTERS = str.maketrans({
     **dict.fromkeys("\u200b\ufeff△", None), "÷": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]", "’": "'"})
 _REWRITE = [(re.compile(old), new) for old, new in (
     (r"\\\\(?=[A-Za-z])", r"\\"),                               # a command escaped twice
-    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|rm|bm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|rm|bm)\s*(?:\{([^{}]*)\}|(?![A-Za-z]))",
+     lambda m: f" {m[1] or ''} "),
+    (r"\\!|\{\s*\}", ""), (r"\{([A-Za-z])\}(?=\^)", r"\1"), (r"_\{\s*(\w+)\s*\}", r"_\1"),
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     # Some copies of Geometry3K are in capitals: 12 \PI, 2 \SQRT { 221 }.
     (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1].lower(), m[0].lower())),
-    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","), (r"\\[,;:! >]|~", " "), (r"\\\\", "\n"),
+    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","), (r"\\[,;: >]|~", " "), (r"\\\\", "\n"),
     (r"\\\{", "⦃"), (r"\\\}", "⦄"),                             # braces of a set, not of a group
     (r"\\([%&#_])", r"\1"), (r"\\?[$€£]|\\[\[\]()]", ""),
     (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*", ""),           # a power in code, else bold type
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"), (r"[^\S\n]+", " "), (r"\s*\n\s*", "\n"),
-    (r"^[\s*_]+|[\s*_.,;。]+$", ""), (r"^([\"'`])(.*)\1$", r"\2"))]
+    (r"^[\s*_=]+|[\s*_.,;。]+$", ""), (r"^([\"'`])(.*)\1$", r"\2"))]
 _MONTHS = {name[:3]: name for name in (
     "january february march april may june july august september october november december"
 ).split()} | {"sept": "september"}
@@ -258,7 +474,7 @@ class Unreadable(Exception):
 
 
 _TOKEN = re.compile(
-    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z]_(?:\w|\{\w{1,9}\})|\\?[A-Za-z]+|\S")
+    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z]_(?:\d+|[A-Za-z])|\\?[A-Za-z]+|\S")
 _CONSTANTS = {"π": math.pi, "pi": math.pi, "e": math.e}
 _GREEK = {"\\" + name for name in "alpha beta gamma delta theta lambda mu rho phi omega".split()}
 # Operator -> (how tightly it binds, function).
@@ -336,7 +552,8 @@ class _Parser:
                 value = Fraction(math.factorial(int(value))) if self.take() else value
             # 2x and 2(3) are products. "2 3" and "{8}{5}" are not: nobody knows what they mean.
             elif above < _PRODUCT and (name[0].isalpha() or name[0] in "\\(["
-                                       or name == "|" and not self.bars):
+                                       or name == "|" and not self.bars
+                                       or name == "{" and self.tokens[-2:-1] > ["A"]):
                 value *= self.expression(_PRODUCT)
             else:
                 self.depth -= 1
@@ -394,16 +611,24 @@ class Value:
 
 
 _UNITS = {spelling: row.split()[0] for row in (
-    "mm millimeter", "cm centimeter centimetre", "m meter metre", "km kilometer", "in inch inches",
-    "ft foot feet", "yd yard", "mi mile", "mL ml", "L liter litre", "mg", "g gram", "kg kilogram",
-    "lb pound", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "N",
-    "J", "W", "V", "K", "Hz", "Pa", "mol", "dollar", "cent", "unit", "°C", "°F", "° deg degree",
-    "% percent pct") for word in row.split() for spelling in {word, word + "s" * (len(word) > 1)}}
+    "mm millimeter 毫米", "cm centimeter centimetre 厘米", "m meter metre 米", "km kilometer 千米 公里",
+    "in inch inches", "ft foot feet", "yd yard", "mi mile", "mL ml 毫升", "L liter litre 升", "mg",
+    "g gram 克", "kg kilogram 千克 公斤", "lb pound", "s sec second 秒", "min minute 分钟", "h hr hour 小时",
+    "day 天", "week", "month", "year yr 年 岁", "N", "J", "W", "V", "K", "Hz", "Pa", "mol", "dollar",
+    "cent", "元", "unit 个", "°C", "°F", "° deg degree 度", "% percent pct"
+) for word in row.split() for plural in {word, word + "s" * (len(word) > 1)}
+    for spelling in {plural, plural.capitalize() if len(word) > 3 else plural}}
 _ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{? ?\d ?\}?)?"
 _UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
 
-_NAME = re.compile(r"(?:m?∠ ?)?([A-Za-z][A-Za-z0-9_ ]{0,30}|\\[a-z]+|[α-ω]|\([a-z], ?[a-z]\))"
-                   r"(\([A-Za-z]\))? ?([=≈:∈]) ?(?=\S)")
+# S_ABC, Area, S.A., |AB|, \tan θ, f(x) or (p, q, r), when "= value" follows.
+_NAME = re.compile(
+    r"(?!\\(?:sqrt|frac)\b)(?:m?∠ ?)?([A-Za-zα-ω|\\][\w.| \\]{0,40}|\([a-z](?:, ?[a-z])+\))"
+    r"(\([A-Za-z]\))? ?([=≈:∈]) ?(?=\S)")
+# A noun that only names what is counted: 210 ways. "5 million" and "2 thirds" are other numbers.
+_NOUN = re.compile(r"(?<=[\d})π°]) ?(?!(?:\w+ )*(?:and|or|not|than|more|less|times|dozen|hundred|half|"
+                   r"halves|squared|cubed|quarters?|\w+illion|thousand|thirds?|\w*ths?)\b)"
+                   r"(?:[A-Za-z]+ ){0,2}([A-Za-z]{3,}?)s?$")
 _NOT_MATH = re.compile(r"(?!pi$)[^\W\d_]{2,}|\d{1,2}/\d{1,2}/\d{4}")        # a word, a date
 _MIXED = re.compile(r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}|(?<= )(\d+)/(\d+))"
                     r"(?![\d.])")
@@ -479,12 +704,20 @@ def _relation(sides, signs):
     if signs[0] in ">≥":                                    # x > 3 is 3 < x
         sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
     values = [_item(side) for side in sides]
+    units = {value.unit for value in values} - {""}
+    if len(units) > 1:
+        raise Unreadable("two units")
     if None not in [value.number for value in values]:
         if set(signs) == {"="} and all(_near(value, values[0]) for value in values):
             return values[0]                                # 18/2 = 9, but never 5 = 6
         raise Unreadable("no relation between numbers")
-    links = [Value(s, f"({a})-({b})") for a, s, b in zip(sides, signs, sides[1:])]
+    links = [Value(s, f"({a.body})-({b.body})", unit="".join(units))
+             for a, s, b in zip(values, signs, values[1:])]
     return links[0] if len(links) == 1 else Value("{}", items=tuple(links))
+
+
+def _finite(value):
+    return isinstance(value, Fraction) or math.isfinite(value)  # a Fraction may exceed any float
 
 
 def _item(text):
@@ -496,7 +729,7 @@ def _item(text):
     body = match and text[:match.start()].strip()
     # "3 + 2m" is a formula in m, "3 m" a length: a lone letter is the unit of a product only.
     if body and not (re.fullmatch("[A-Za-z]", match.group()) and re.search(r".[-+]", body)):
-        words = re.findall(r"[A-Za-z]+|[°%][CF]?|\d|/", match[2].replace("per ", "/"))
+        words = re.findall(r"[^\W\d_]+|[°%][CF]?|\d|/", match[2].replace("per ", "/"))
         unit = "".join(_UNITS.get(word, word) for word in words)
         unit += {"s": "2", "c": "3"}.get((match[1] or "")[:1], "")
         try:
@@ -506,8 +739,14 @@ def _item(text):
     body = _MIXED.sub(r"(\1+\2\4/\3\5)", text)
     # Where a formula is undefined at one point, sqrt(x - 5) at 0, another point has to do.
     values = (_evaluate(body, point) for point in range(POINTS))
-    value, variables = next((v for v in values if math.isfinite(v[0])), (math.nan, False))
-    if not math.isfinite(value):
+    try:
+        value, variables = next((v for v in values if _finite(v[0])), (math.nan, False))
+    except Unreadable:
+        if not (match := _NOUN.search(text)):
+            raise
+        value = _item(text[:match.start()])
+        return replace(value, unit=value.unit or match[1].lower())
+    if not _finite(value):
         raise Unreadable("undefined")
     return Value("item", body, None if variables else value)
 
@@ -521,10 +760,11 @@ def _near(p, g, precision=None, tolerance=None):
     scales = [1]
     if p.unit != g.unit and "%" in (p.unit, g.unit):        # 28% may stand for 28 or for 0.28
         scales.append(Fraction(1, 100) if p.unit else 100)
-    return any(_close(p.number * s, g.number, g.body, precision, tolerance) for s in scales)
+    return any(_close(p.number * s, g.number, g.body, precision, tolerance, p.body) for s in scales)
 
 
-def _close(a, b, printed="", precision=None, tolerance=None):
+def _close(a, b, printed="", precision=None, tolerance=None, said=""):
+    """Is a, written as `said`, the gold b, written as `printed`?"""
     if a == b:
         return True
     decimals = re.fullmatch(r"[-+]?\d*\.(\d{2,})", printed)
@@ -537,6 +777,9 @@ def _close(a, b, printed="", precision=None, tolerance=None):
         if precision is not None:
             return abs(a - b) <= Fraction(1, 2) / Fraction(10) ** precision
         exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        digits = re.fullmatch(r"[-+]?\d*\.(\d{5,})", said)
+        if exact and digits and 10 ** MAX_POWER % b.denominator:    # 4/3 has no last decimal
+            return abs(a - b) <= Fraction(1, 10 ** len(digits[1]))
         return not exact and abs(a - b) <= 1e-6 * max(abs(a), abs(b)) < math.inf
     except (ArithmeticError, ValueError):                   # a number beyond any float
         return False
@@ -546,6 +789,11 @@ def _same(p, g, near=_near):
     """Prediction against gold; `near` compares two numbers."""
     if p is None or g is None:
         return False
+    if {p.kind, g.kind} == {":", "item"}:           # 3:2 is 3/2
+        p, g = (v if v.kind == "item" or len(v.items) > 2 or not v.items[1].number else Value(
+            "item", number=v.items[0].number / v.items[1].number) for v in (p, g))
+    if p.kind in _INTERVALS or g.kind in _INTERVALS:
+        p, g = _as_inequality(p, g), _as_inequality(g, p)
     a, b = p.name.casefold(), g.name.casefold()
     # x = 5 is not y = 5, but a bare 5, or A = 5 for Area = 5, names no other quantity
     named = a.startswith(b) or b.startswith(a)
@@ -558,7 +806,26 @@ def _same(p, g, near=_near):
     # y = 2x + 1 against 2x - y + 1 = 0
     p, g = (Value("=", f"({v.name})-({v.body})") if v.kind == "item" and len(v.name) == 1 else v
             for v in (p, g))
-    return p.kind == g.kind in "<≤=" and _proportional(p, g)
+    units = {p.unit, g.unit} - {""}
+    return p.kind == g.kind in "<≤=" and len(units) < 2 and _proportional(p, g)
+
+
+_INTERVALS = {"()": "<<", "(]": "<≤", "[)": "≤<", "[]": "≤≤"}
+
+
+def _as_inequality(value, other):
+    """(-∞, 5] as y ≤ 5, if `other` is an inequality in y."""
+    links = other.items if other.kind == "{}" else (other,)
+    name = re.search(r"[A-Za-zα-ω]", links[0].body)
+    if value.kind not in _INTERVALS or links[0].kind not in ("<", "≤") or not name or (
+            len(value.items) != 2):
+        return value
+    low, high = value.items
+    links = [Value(sign, f"({a})-({b})") for sign, a, b, end in (
+        (_INTERVALS[value.kind][0], low.body, name[0], low), (
+            _INTERVALS[value.kind][1], name[0], high.body, high))
+        if end.number is not None and _finite(end.number)]
+    return links[0] if len(links) == 1 else Value("{}", items=tuple(links))
 
 
 def _same_group(p, g, near):
@@ -569,7 +836,7 @@ def _same_group(p, g, near):
         return all(_close(x.number * b[0].number, y.number * a[0].number) for x, y in zip(a, b))
     if len(kinds) > 1 and kinds not in ({",", "()"}, {",", "[]"}, {",", "{}"}):
         return False                                # (-2, 1) is not (-2, 1]
-    if "{}" not in kinds:
+    if "{}" not in kinds and not (kinds == {","} and all(x.items for x in a)):  # a list of points
         return all(_same(x, y, near) for x, y in zip(a, b))
     for x in a:
         hit = next((y for y in b if _same(x, y, near)), None)
@@ -583,7 +850,11 @@ def _proportional(p, g):
     """Is p = c g at all points? c is 1 for formulas, positive for < and ≤, free for equations."""
     ratios = []
     for point in range(POINTS):
-        a, b = (float(_evaluate(value.body, point)[0]) for value in (p, g))
+        a, b = (_evaluate(value.body, point)[0] for value in (p, g))
+        try:
+            a, b = float(a), float(b)
+        except OverflowError:
+            return False
         if math.isfinite(a) != math.isfinite(b):
             return False                            # sqrt(x)^2 and x differ in their domain
         if abs(a) > 1e-12 and abs(b) > 1e-12:
@@ -631,7 +902,8 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
     wanted = _pick(gold, known) if choice else None
     if choice and labels and not wanted:
         return Grade(False, None, "none", "the gold is no option")
-    answer, rule = extract(prediction, known if wanted else None)
+    g = None if kind == "text" or wanted else _value(gold)
+    answer, rule = extract(prediction, known if wanted else None, bool(g and g.number is not None))
     if boxed_required and rule != "boxed":
         return Grade(False, None, rule, "no box")
     if answer is None and not wanted and _plain(prediction) == _plain(gold):
@@ -641,11 +913,10 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
     if wanted:
         named = set(answer.split(", ")) <= set(known)
         # Duplicate options are one option, whichever of their labels is named.
-        a, b = (_plain(known.get(label, "")) or label for label in (answer, wanted))
+        a, b = (" ".join(known.get(label, "").split()) or label for label in (answer, wanted))
         return Grade(a == b, answer, rule, "option" if named else "names no option")
     if _plain(answer) == _plain(gold):
         return Grade(True, answer, rule, "same text")
-    g = None if kind == "text" else _value(gold)
     p = None if g is None else _value(answer)
     if g is not None and p is None and rule == "whole":
         return Grade(False, None, "none", "no answer")  # prose around a number is no number

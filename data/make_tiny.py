@@ -36,8 +36,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import toy  # noqa: E402
-from model import Processor, load, save  # noqa: E402
+from model import Processor, load  # noqa: E402
 from rollout import append_response, sample  # noqa: E402
+from scale.checkpoint import save_model  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>")
@@ -294,7 +295,7 @@ def main() -> None:
                   flush=True)
             total = 0.0
         if step % 400 == 0 or step == args.steps:
-            save(model.to(torch.bfloat16), processor, folder)
+            save_model(model.to(torch.bfloat16), processor, folder)
             model.float()
     model, processor = load(folder, attention="eager")
     print(f"{folder} as saved: {report(model, processor, 512)}  ({time.time() - start:.0f} s)")

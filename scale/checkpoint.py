@@ -4,7 +4,7 @@
     runs/NAME/metrics.jsonl      one object a step
     runs/NAME/rollouts.jsonl     a few sampled answers at every evaluation
     runs/NAME/result.json        written at the end
-    runs/NAME/checkpoint/        the student, an ordinary Hugging Face folder (model.save)
+    runs/NAME/checkpoint/        the student, an ordinary Hugging Face folder
     runs/NAME/checkpoints/       with --keep N, the students of the last N evaluations: step-000050
     runs/NAME/best/              and the one that answered best; evaluation.json in it says how well
     runs/NAME/state/             state.safetensors: all that is needed to go on, in one file
@@ -121,10 +121,52 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def put_back(path: Path) -> None:
-    """If a kill came between the two renames of model.save, the folder before is the folder."""
+    """If a kill came between the two renames of save_model, the folder before is the folder."""
     old = Path(path).with_name(Path(path).name + ".old")
     if old.exists() and not Path(path).exists():
         os.replace(old, path)
+
+
+def save_model(model, processor, folder, notes: dict | None = None, weights: dict | None = None,
+               max_shard_size="5GB") -> None:
+    """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
+
+    The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
+    kill between the two renames leaves FOLDER.old, the one before, which model.load then reads.
+    notes: written beside the weights as evaluation.json. weights: a state dict to be written
+    instead of the model's own, as of a model cut over several GPUs. Weights beyond
+    `max_shard_size` go to several files with an index, as the published 8B has them. Raises
+    OSError when the disk is full.
+    """
+    folder = Path(folder)
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    weights = model.state_dict() if weights is None else weights
+    module = {name.removeprefix("cue_recovery."): tensor for name, tensor in weights.items()
+              if name.startswith("cue_recovery.")}
+    rest = {name: tensor for name, tensor in weights.items()
+            if not name.startswith("cue_recovery.")}
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=rest)
+        if module:
+            model.cue_recovery.save(temporary / "cue_recovery.safetensors", module)
+        processor.write(temporary)
+        if notes is not None:
+            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
+        mode = (temporary / "config.json").stat().st_mode
+        for path in temporary.iterdir():
+            path.chmod(mode)                # safetensors makes files that only their owner can read
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())     # the data must be on disk before the name is
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
+        raise OSError(f"cannot write {folder}: {error}") from error
+    # FOLDER.old goes only now: after a kill between the two renames it may be the last whole one
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def keep_student(run: Path, keep: int, seen: dict, save) -> None:

@@ -22,7 +22,7 @@ Run
 What would bite
 1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in
    how many micro-batches they have, and in whether one has a picture in it, which decides if the
-   vision tower runs. in_step() evens both out with rows of no response token: no loss, no gradient.
+   vision tower runs. even_out() adds rows without a response token: no loss, no gradient.
 2) Sampling would gather every layer once a token, and ranks stop at different times. gathered()
    puts the model together once; until its end no rank waits for another.
 3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which
@@ -174,8 +174,7 @@ def load_options(options: dict) -> dict:
     """
     if world == 1:
         return options
-    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
-    return {**options, "device": "cpu" if is_main() else "meta", "dtype": dtype}
+    return {**options, "device": "cpu" if is_main() else "meta"}
 
 
 def shard(model):
@@ -221,9 +220,9 @@ def _receive(module) -> None:
                 table[name] = done[id(old)][1]
 
 
-def last_hidden_state(model, **batch) -> torch.Tensor:
+def last_hidden_state(model, batch: dict) -> torch.Tensor:
     """Of model.model(**batch), in sight of the root: its head stays whole until backward ends."""
-    return model.model(**batch).last_hidden_state if world == 1 else model.backbone(**batch)
+    return model.backbone(**batch, use_cache=False)
 
 
 @contextmanager
@@ -257,26 +256,29 @@ def _groups(model) -> list:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def in_step(groups: list[list[int]], prompts, processor) -> list[tuple[list[int], list]]:
-    """This rank's micro-batches, as [(rows, blank prompts to add)], such that all ranks run alike.
+def even_out(processor, groups: list[list[int]], prompts, hinted, responses) -> list[list[int]]:
+    """This rank's micro-batches (rows of the three lists) such that all ranks run alike.
 
-    1) As many as the rank with the most; those that a rank lacks have no rows.
+    1) As many as the rank with the most; those that a rank lacks have blank rows only.
     2) If one rank's micro-batch has a picture, or a video, each rank's has: the tower runs on all.
-    A blank is a prompt without a response, so that it has a part in no sum.
+    A blank row is a prompt without a response, so that it has a part in no sum. It is appended to
+    the lists, whose rows keep their numbers.
     """
-    if world == 1:
-        return [(rows, []) for rows in groups]
-    kinds = [{kind for row in rows for kind, seen in (("picture", prompts[row].grids),
-                                                      ("video", prompts[row].video_grids)) if seen}
-             for rows in groups]
+    kinds = [{kind for row in rows for kind, found in (("picture", prompts[row].grids),
+                                                       ("video", prompts[row].video_grids))
+              if found} for rows in groups]
     everyone = gather(kinds)
     out = []
     for i in range(max(map(len, everyone))):
         mine = kinds[i] if i < len(kinds) else set()
         wanted = set().union(*(theirs[i] for theirs in everyone if i < len(theirs)))
-        rows = groups[i] if i < len(groups) else []
-        blanks = [_blank(kind, processor) for kind in sorted(wanted - mine)]
-        out.append((rows, blanks if rows or blanks else [_blank("text", processor)]))
+        rows = list(groups[i]) if i < len(groups) else []
+        for kind in sorted(wanted - mine) or ([] if rows else ["text"]):
+            rows.append(len(prompts))
+            for side, added in ((prompts, _blank(kind, processor)),
+                                (hinted, _blank(kind, processor)), (responses, [])):
+                side.append(added)
+        out.append(rows)
     return out
 
 

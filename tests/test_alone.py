@@ -13,7 +13,7 @@ from conftest import ROOT
 # Each file that says it stands alone, with one call of its main function.
 ALONE = {
     "model.py": "fit(100, 200, 32, 1024, 4096 * 4096)",
-    "cue_recovery.py": "Block(8, 2, 1e-6, None)(torch.ones(1, 3, 8), torch.tensor([0]), "
+    "cue_recovery.py": "Block(8, 2, 1e-6)(torch.ones(1, 3, 8), torch.tensor([0]), "
                        "torch.tensor([[True]]), 1, 2)",
     "teacher.py": "hint({'cue': 'a red circle'}, 'cue')",
     "rollout.py": "append_response({'input_ids': torch.ones(1, 2).long(), 'attention_mask': "
@@ -37,6 +37,7 @@ ALONE = {
 }
 # Files to be copied in company, the one they need given.
 COMPANY = {"data/leaks.py": ("benchmarks/grade.py", "audit('A red circle.', '4')"),
+           "scale/decoder.py": ("rollout.py", "fill_gaps([0, 2])"),
            "analysis/figures.py": ("benchmarks/counting.py", "missing('x')")}
 
 
@@ -106,7 +107,8 @@ ROOMS = ("data", "benchmarks", "scale", "analysis")
 # Every file below may import from the rooms and files before it in this list, and its own room.
 FLOORS = [("model", "cue_recovery", "teacher", "rollout", "loss", "benchmarks.counting",
            "benchmarks.grade", "benchmarks.readers", "benchmarks.scores", "data"),
-          ("scale",), ("evaluate",), ("distill",), ("analysis", "benchmarks.run", "data.cues")]
+          ("scale",), ("evaluate",), ("distill",),
+          ("analysis", "benchmarks.run", "data.cues", "data.make_tiny")]
 
 
 def ours():

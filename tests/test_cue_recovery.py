@@ -8,7 +8,6 @@ It has every=2: three blocks, before layers 1, 3 and 5 of the tiny model's six.
 import copy
 import inspect
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,10 +84,10 @@ def gradients(model, batch):
 # ---------------------------------------------------------------------------- the mathematics
 
 def textbook(block, x, sink, visual):
-    """Eq. 3-5 as the paper writes them, row by row, with K and U for every visual token.
+    """Eq. 3-5 once more, apart from cue_recovery.py's: row by row, so without a mask.
     x (B, L, D), sink (B,), visual (B, L) bool. Returns new states and attention (B, H, L)."""
     def normed(states, gain):
-        return states / (states.pow(2).mean(-1, keepdim=True) + block.eps).sqrt() * gain.weight
+        return states / (states.pow(2).mean(-1, keepdim=True) + gain.eps).sqrt() * gain.weight
 
     out, maps = [], x.new_zeros(x.shape[0], block.heads, x.shape[1])
     for row, (states, where) in enumerate(zip(x, visual)):
@@ -107,7 +106,7 @@ def textbook(block, x, sink, visual):
 
 
 def random_block(hidden, heads, dtype=torch.float64):
-    block = Block(hidden, heads, 1e-6, SimpleNamespace()).to(dtype)
+    block = Block(hidden, heads, 1e-6).to(dtype)
     for name in PROJECTIONS:
         torch.nn.init.normal_(getattr(block, name).weight, std=hidden**-0.5)
     return awaken(block)
@@ -133,11 +132,13 @@ def run(block, x, sink, visual):
     return out, torch.nn.functional.pad(attention, (lo, x.shape[1] - hi))
 
 
+@pytest.mark.parametrize("form", ["textbook", "absorbed"])
 @pytest.mark.parametrize("B, L, hidden, heads", [(1, 8, 16, 1), (2, 12, 16, 4), (4, 40, 24, 3),
                                                  (3, 100, 64, 16)])
-def test_absorbed_is_textbook_attention(B, L, hidden, heads):
-    """The values, the attention and every gradient, to float64 precision."""
+def test_absorbed_is_textbook_attention(B, L, hidden, heads, form):
+    """Both forms, against the rows above: values, attention, every gradient, in float64."""
     block = random_block(hidden, heads)
+    block.absorbed = getattr(block, form)                   # the one that forward() calls
     x, sink, visual = random_case(B, L, hidden)
     inputs = [x.requires_grad_(), *block.parameters()]
     (out, attention), (expected, maps) = (f(block, x, sink, visual) for f in (run, textbook))
@@ -183,7 +184,7 @@ def test_the_input_is_not_written_into():
 
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(ValueError, match="30 is not a multiple of 4"):
-        Block(30, 4, 1e-6, SimpleNamespace())
+        Block(30, 4, 1e-6)
 
 
 # ---------------------------------------------------------------------------- where and when
@@ -332,7 +333,7 @@ def test_blocks_stand_before_a_layer_that_reads_them(tiny, every, places):
     """The release puts a block after the last layer of the 8B model, where no token can read the
     sink any more. With six layers, the one at 5 (every=1 and 5) is the one left out."""
     cue = attach(tiny[0], every)
-    assert cue.settings()["layers"] == places == [block.layer for block in cue.blocks.values()]
+    assert cue.settings()["layers"] == places == [int(name) for name in cue.blocks]
     layers = tiny[0].model.language_model.layers
     hooked = [n for n, layer in enumerate(layers) if layer._forward_pre_hooks]
     assert hooked == [place + 1 for place in places]
@@ -416,7 +417,7 @@ def test_parameters_are_those_of_the_paper(tiny):
         config.text_config.num_hidden_layers = depth
         with torch.device("meta"):
             narrow = transformers.Qwen3VLForConditionalGeneration(config)
-        wide = Block(hidden, heads, 1e-6, SimpleNamespace())
+        wide = Block(hidden, heads, 1e-6)
         each = sum(p.numel() for p in wide.parameters())
         assert len(attach(narrow).blocks) == blocks and each == 4 * hidden**2 + 2 * hidden
         assert round(blocks * each / 1e6, 1) == millions

@@ -73,7 +73,7 @@ def child(order: dict) -> int:
         limit_files(order["limit"])
     try:
         if "save" in order:
-            distill.qwen.save(*LOADED[order["save"]], Path("runs") / "saved")
+            distill.checkpoint.save_model(*LOADED[order["save"]], Path("runs") / "saved")
         else:
             distill.main(order["argv"])
         code = 0
@@ -207,11 +207,11 @@ def test_a_folder_saved_over_an_old_one_is_the_old_or_the_new(runner, tmp_path, 
     there had no checkpoint that anything would load. Killed before each write, one is found."""
     model, processor = tiny
     cue_recovery.attach(model, every=2)
-    qwen.save(model, processor, tmp_path / "old")
+    checkpoint.save_model(model, processor, tmp_path / "old")
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
         model.cue_recovery.blocks["0"].output.weight.add_(1.0)
-    qwen.save(model, processor, tmp_path / "new")
+    checkpoint.save_model(model, processor, tmp_path / "new")
     wanted = [(tmp_path / n / "model.safetensors").read_bytes()
               + (tmp_path / n / qwen.CUE_FILE).read_bytes() for n in ("old", "new")]
     folder, found, number, code = tmp_path / "runs" / "saved", [], 0, -signal.SIGKILL
@@ -300,17 +300,17 @@ def test_a_full_disk_leaves_the_old_files_and_no_half_ones(tmp_path, tiny):
     rows = [{"step": n, "text": "x" * 100} for n in range(9)]
     checkpoint.write_jsonl(tmp_path / "metrics.jsonl", rows)
     checkpoint.save_state(tmp_path / "state", 1, {"a": torch.ones(10)})
-    qwen.save(*tiny, tmp_path / "best", {"step": 1})
+    checkpoint.save_model(*tiny, tmp_path / "best", {"step": 1})
     with full_disk(200):
         with pytest.raises(OSError, match="cannot write .*metrics.jsonl"):
             checkpoint.forget_after(tmp_path / "metrics.jsonl", 5)
         with pytest.raises(OSError, match="cannot write .*state.safetensors"):
             checkpoint.save_state(tmp_path / "state", 2, {"a": torch.ones(1000)})
         with pytest.raises(OSError, match="cannot write .*best"):
-            qwen.save(*tiny, tmp_path / "best", {"step": 2})
+            checkpoint.save_model(*tiny, tmp_path / "best", {"step": 2})
     with full_disk(1_000_000):            # here the text files fit and the weights do not
         with pytest.raises(OSError, match="cannot write .*best"):
-            qwen.save(*tiny, tmp_path / "best", {"step": 2})
+            checkpoint.save_model(*tiny, tmp_path / "best", {"step": 2})
     assert checkpoint.read_jsonl(tmp_path / "metrics.jsonl") == rows
     assert checkpoint.load_state(tmp_path / "state")[0] == 1
     assert json.loads((tmp_path / "best" / "evaluation.json").read_text()) == {"step": 1}
@@ -473,7 +473,7 @@ def student(tmp_path_factory, loaded):
     generator = torch.Generator().manual_seed(0)
     for block in cue_recovery.attach(model, every=2).blocks.values():
         torch.nn.init.normal_(block.output.weight, std=2.0, generator=generator)
-    qwen.save(model, processor, folder)
+    checkpoint.save_model(model, processor, folder)
     return folder
 
 

@@ -1,8 +1,8 @@
 """loss.py: every divergence against the plain form on whole logits, and the ways such losses
 broke.
 
-The plain form below lets autograd work on (N, V) logits in float64; loss.py never has such a
-tensor.
+The plain form below lets autograd work on (N, V) logits in float64. It is written apart from the
+functions on loss.py's board, with ratios of probabilities, so that one can prove the other wrong.
 """
 import math
 from collections import Counter
@@ -67,6 +67,24 @@ def test_chunked_equals_whole(kind, N, chunk):
     for ours, theirs in zip(gradients(nats, weights, hidden, head),
                             gradients(whole, weights, hidden, head)):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_board_the_hand_and_the_chunks_are_one_function(kind):
+    """What a reader takes from the board is what is trained: values and gradients, in float64."""
+    hidden, teacher_hidden, head, teacher_head, tokens = make(9)
+    weights = torch.linspace(0.1, 2.0, 9, dtype=torch.float64)
+    logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    board = getattr(loss, kind)(log_p, log_q, *([tokens] if kind == "sampled" else []))
+    expected = gradients(board, weights, logits, hidden, head)
+    nats, slope = divergence(log_p.detach(), log_q, kind, tokens)
+    chunked = distill_loss(hidden, teacher_hidden, head, teacher_head, kind, chunk=4,
+                           weights=weights, tokens=tokens)
+    found = slope * weights[:, None], *gradients(chunked, weights, hidden, head)
+    for ours, theirs in zip((nats, chunked, *found), (board, board, *expected)):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(board, plain(logits, teacher_logits, kind, tokens))
 
 
 @pytest.mark.parametrize("kind", EXACT)

@@ -2,9 +2,11 @@
 
 Peaks of whole steps are compared in tests/speed/memory.py, by hand: they take minutes.
 """
+import dataclasses
 import inspect
 import json
 import re
+import shlex
 import weakref
 
 import pytest
@@ -15,13 +17,12 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-from scale import plan
+from scale import decoder, plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
 from scale.optimizer import Optimizer
-from rollout import append_response
-from test_layout import class_config, layout, narrow
+from test_layout import layout, narrow
 
 TINY = json.loads((qwen.TINY / "config.json").read_text())
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -31,9 +32,11 @@ def size_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("config", [*map(plan.published, plan.PUBLISHED), TINY,
-                                    narrow("Qwen/Qwen3-VL-8B")],
-                         ids=[*plan.PUBLISHED, "tiny", "narrow"])
+DENSE = [name for name in plan.PUBLISHED if "-A" not in name]
+
+
+@pytest.mark.parametrize("config", [*map(plan.published, DENSE), TINY, narrow("Qwen/Qwen3-VL-8B")],
+                         ids=[*DENSE, "tiny", "narrow"])
 def test_counts_are_those_of_the_layout(config):
     """test_layout.py compares that layout with the class."""
     sizes = {name: torch.Size(shape).numel() for name, shape in layout(config).items()}
@@ -41,6 +44,35 @@ def test_counts_are_those_of_the_layout(config):
     assert counts.total == sum(sizes.values())
     assert counts.vision == sum(n for name, n in sizes.items() if name.startswith("model.visual."))
     assert counts.layer == sum(n for name, n in sizes.items() if ".layers.1." in name)
+
+
+def of_class(config: dict, **how):
+    """A model of random weights from a config.json, dense or a mixture of experts."""
+    kind = "Qwen3VLMoe" if config["model_type"] == "qwen3_vl_moe" else "Qwen3VL"
+    made = getattr(transformers, kind + "Config")(
+        **{k: v for k, v in config.items() if k != "model_type"})
+    return getattr(transformers, kind + "ForConditionalGeneration")._from_config(made, **how)
+
+
+@pytest.mark.parametrize("name, changes, total", [
+    ("Qwen/Qwen3-VL-30B-A3B-Instruct", {}, 31_070_754_032),
+    ("Qwen/Qwen3-VL-235B-A22B-Thinking", {}, 235_670_022_896),
+    ("Qwen/Qwen3-VL-30B-A3B", {"mlp_only_layers": [1, 4], "decoder_sparse_step": 2}, None),
+    ("Qwen/Qwen3-VL-30B-A3B", {"num_local_experts": 16, "num_experts": None}, None)])
+def test_experts_are_counted_as_the_class_has_them(name, changes, total):
+    """A mixture of experts was counted as if it were dense. Some layers may be dense all the same;
+    and transformers 5 saves the number of experts under another name."""
+    config = plan.published(name)
+    config["text_config"] |= changes
+    config["text_config"] = {k: v for k, v in config["text_config"].items() if v is not None}
+    with torch.device("meta"):
+        model = of_class(config)
+    counts = plan.count(plan.dimensions(config))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert counts.total == sum(sizes.values()) == (total or counts.total)
+    assert counts.language == sum(n for k, n in sizes.items() if not k.startswith("model.visual."))
+    assert counts.layer == max(sum(n for k, n in sizes.items() if f".layers.{layer}." in k)
+                               for layer in range(4))
 
 
 def run_of(**changes) -> plan.Run:
@@ -78,13 +110,13 @@ def test_cache_is_that_of_the_sampler(loaded, records):
     """Two samples of each of two prompts: the bytes of every layer's keys and values, and room."""
     model, processor = loaded
     batch = processor.batch([processor.prompt(records[0])] * 2)
+    sampler = decoder.FastDecoder(model)
     with torch.no_grad():
-        output = model(**batch, use_cache=True)
-    cache = rollout._joined(None, getattr(output, "cache", None) or output.past_key_values, 2, 0)
+        sampler.read(batch, 2)
     made = plan.plan(run_of(max_prompt_tokens=batch["input_ids"].shape[1], samples_per_prompt=2,
                             batch_size=2), TINY)
-    assert made.parts["key/value cache"] == size_of(cache.buffers)
-    assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (rollout.KVCache.ROOM, inspect.signature(
+    assert made.parts["key/value cache"] == size_of(sampler.cache.buffers)
+    assert (plan.ROOM, plan.CHUNK, plan.ROWS) == (decoder.ROOM, inspect.signature(
         distill_loss).parameters["chunk"].default, ROWS)
     assert (plan.JOIN, plan.GROUP) == (rollout.JOIN, evaluate.GROUP)
 
@@ -103,12 +135,18 @@ def shape() -> dict:
     return config
 
 
-def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]:
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80,
+           "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def kept_for_backward(dtype, train, attention, checkpointing, experts=False) -> tuple[int, int]:
     """(bytes that autograd really keeps of a forward pass, bytes that the plan says)."""
     torch.manual_seed(0)
     config, rows, prompt, answer, patches = shape(), 3, 80, 20, 256
-    model = transformers.Qwen3VLForConditionalGeneration._from_config(
-        class_config(config), dtype=dtype, attn_implementation=attention).train()
+    if experts:
+        config["model_type"] = "qwen3_vl_moe"
+        config["text_config"] |= EXPERTS
+    model = of_class(config, dtype=dtype, attn_implementation=attention).train()
     cue_recovery.attach(model, every=2)
     distill.choose_weights(model, train)
     if checkpointing:
@@ -116,10 +154,10 @@ def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]
     image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
     prompts = [qwen.Prompt([5] * (prompt - 64 - n) + [image] * 64, torch.randn(patches, 384),
                            [(1, 16, 16)]) for n in range(rows)]            # n: so that it is padded
-    padded = processor.batch(prompts)
-    batch = distill.close_gaps(append_response(padded, torch.full((rows, answer), 7),
-                                               torch.full((rows,), answer)))
-    end = padded["attention_mask"].sum(dim=1)
+    both = [dataclasses.replace(p, ids=p.ids + [7] * answer) for p in prompts]
+    batch = processor.batch(both, side="right")
+    del batch["attention_mask"], batch["mm_token_type_ids"]
+    end = torch.tensor([len(p.ids) for p in prompts])
     seen = {p.untyped_storage().data_ptr(): None for p in model.parameters()}
 
     def pack(tensor):
@@ -147,6 +185,14 @@ def test_what_is_kept_for_backward(dtype, train, attention, checkpointing, withi
     """The one equation, against every tensor that autograd keeps of a real forward pass."""
     found, planned = kept_for_backward(dtype, train, attention, checkpointing)
     assert planned == pytest.approx(found, rel=within)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", ["all", "cue"])
+def test_what_a_mixture_of_experts_keeps(dtype, train):
+    """Of the routed experts, and of the copies of a token's state that they read and return."""
+    found, planned = kept_for_backward(dtype, train, "sdpa", False, experts=True)
+    assert planned == pytest.approx(found, rel=0.05)
 
 
 # ---------------------------------------------------------------------------- consequences
@@ -201,7 +247,7 @@ def table_rows() -> list[str]:
         cells = []
         for gpus, memory in ((1, 24), (1, 80), (8, 80)):
             run = plan.Run(train=train, teacher=teacher, max_pixels=1310720, gpus=gpus)
-            flags, made = plan.make_fit(run, memory * 1e9, *models)
+            flags, made, _ = plan.make_fit(run, memory * 1e9, *models)
             text = " ".join(letters[f.split()[0]] + "".join(f.split()[1:]) for f in flags)
             peak = f"{made.peak / 1e9:.0f} GB"
             cells.append(f"{peak}, {text or 'as it is'}" if made.peak <= memory * 1e9
@@ -219,7 +265,7 @@ def test_the_memory_pages_table_is_the_plans():
 @pytest.mark.parametrize("train", ["language", "cue"])
 def test_the_2b_fits_24_gb(train):
     run = plan.Run(train=train, max_pixels=1310720)
-    flags, made = plan.make_fit(run, 24e9, B2)
+    flags, made, _ = plan.make_fit(run, 24e9, B2)
     assert made.peak <= 24e9 < plan.plan(run, B2).peak
     changed = distill.read_config(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--train", train,
                                    "--max-pixels", "1310720", *" ".join(flags).split()])[0]
@@ -228,7 +274,7 @@ def test_the_2b_fits_24_gb(train):
 
 def test_no_flag_is_given_that_is_not_needed():
     run = plan.Run(max_pixels=1310720)
-    flags, made = plan.make_fit(run, 24e9, B2)
+    flags, made, _ = plan.make_fit(run, 24e9, B2)
     options = dict(plan.changes(run))
     for left_out in flags:
         rest = {k: v for flag in flags if flag != left_out for k, v in options[flag].items()}
@@ -248,6 +294,13 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
     assert "the table in plan.py, not the hub" in out and "8 x cuda" in out
     assert re.search(r"student +2,127\.5 M", out) and re.search(r"teacher +8,767\.1 M", out)
     assert "It does, in" in out and "--gradient-checkpointing" in out
+    pasted = shlex.split(next(line for line in out.splitlines() if "distill.py" in line))
+    assert pasted[:4] == ["torchrun", "--nproc-per-node", "8", "distill.py"]
+    config = distill.read_config(pasted[4:])[0]
+    assert (config.teacher, config.data) == ("Qwen/Qwen3-VL-8B-Instruct", "nowhere.jsonl")
+    config.gpus = 8
+    models = [plan.published(name) for name in (config.student, config.teacher)]
+    assert plan.plan(plan.from_settings(config), *models).peak < 80e9
     assert list(tmp_path.iterdir()) == []
 
 

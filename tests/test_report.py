@@ -45,7 +45,7 @@ def finished(loaded, tmp_path_factory):
             block.output.weight.normal_(std=0.05, generator=generator)
         for weight in model.model.language_model.layers[-1].mlp.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    qwen.save(model, processor, folder / "checkpoint")
+    checkpoint.save_model(model, processor, folder / "checkpoint")
     rows = [evaluate.judge({"id": str(n), "question": EVIL, "answer": "1", "images": []},
                            f"\\boxed{{{n % 2}}}", True, 9) for n in range(20)]
     summary = evaluate.summarise(rows)

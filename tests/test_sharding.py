@@ -49,16 +49,16 @@ def worker() -> None:
         # one process did the first step of this run; two do the second, in which one of them is
         # asked to stop; in the third it dies
         one_gets = lambda number: sharding.rank == 1 and os.kill(os.getpid(), number)   # noqa: E731
-        distill.training_step = before_step(1, lambda: one_gets(signal.SIGTERM))
+        distill.run_step = before_step(1, lambda: one_gets(signal.SIGTERM))
         with pytest.raises(SystemExit, match="130"):
             distill.main(["--resume", "runs/begun"])
-        distill.training_step = before_step(2, lambda: one_gets(signal.SIGKILL))
+        distill.run_step = before_step(2, lambda: one_gets(signal.SIGKILL))
         distill.main(["--resume", "runs/begun"])
 
 
 def before_step(number: int, action):
-    """distill.training_step, with something happening before step `number` (from 0)."""
-    original = distill.training_step
+    """distill.run_step, with something happening before step `number` (from 0)."""
+    original = distill.run_step
 
     def step(*arguments):
         if arguments[5] == number:
@@ -69,26 +69,26 @@ def before_step(number: int, action):
 
 def keep_tokens(name: str, run) -> None:
     """Run, and write what was sampled at each step, rows in order, to NAME.tokens.jsonl."""
-    original, out = distill.sample_all, Path(f"{name}.tokens.jsonl")
+    original, out = distill.sample_responses, Path(f"{name}.tokens.jsonl")
 
-    def sample_all(*arguments, **settings):
-        got = original(*arguments, **settings)
+    def sample_responses(*arguments):
+        got = original(*arguments)
         rows = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]
-        K = arguments[3].samples_per_prompt
+        K = arguments[4].samples_per_prompt
         rows = sharding.collect([rows[i:i + K] for i in range(0, len(rows), K)])
         if sharding.is_main():
             checkpoint.append_jsonl(out, {"ids": rows})
         return got
-    distill.sample_all = sample_all
+    distill.sample_responses = sample_responses
     try:
         run()
     finally:
-        distill.sample_all = original
+        distill.sample_responses = original
 
 
 def bfloat16_step() -> None:
     """One update in bf16; and how many bytes of weights each rank holds before, in and after it."""
-    config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4)
+    config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4, batch_size=2)
     student, teacher, processor = distill.build_models(config)
     weights = distill.choose_weights(student, "all")
     optimizer = distill.Optimizer(weights, lr=1e-3, cue_lr=1e-3, warmup=1, steps=1, final=1, clip=1)
@@ -96,7 +96,8 @@ def bfloat16_step() -> None:
     with sharding.gathered(student):
         whole = sum(p.untyped_storage().nbytes() for p in student.parameters())
     records = distill.record_files.load("pictures.jsonl", ())[:2]
-    metrics, _ = distill.training_step(student, teacher, processor, records, config, 0, optimizer)
+    metrics, _ = distill.run_step(student, teacher, processor, records, config, 0, optimizer,
+                                  distill.scale_for(config, student, teacher, processor))
     shards.append(sum(p.to_local().untyped_storage().nbytes() for _, p in weights))
     rounded = all(torch.equal(p.to_local(), master.to_local().bfloat16())
                   for p, master in zip(optimizer.parameters, optimizer.masters))
@@ -116,7 +117,7 @@ def launched(toy_folder, tmp_path_factory):
     """(folder, output): all runs by one process in FOLDER/one, by two in FOLDER/two."""
     folder = tmp_path_factory.mktemp("sharding")
     rows = [json.loads(line) for line in (toy_folder / "train.jsonl").read_text().splitlines()]
-    here, pristine = os.getcwd(), distill.training_step
+    here, pristine = os.getcwd(), distill.run_step
     try:
         for name in ("one", "two"):
             (folder / name).mkdir()
@@ -126,11 +127,11 @@ def launched(toy_folder, tmp_path_factory):
             keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
         # a run that one process begins, to be ended by two
         os.chdir(folder / "two")
-        distill.training_step = before_step(1, interrupt)
+        distill.run_step = before_step(1, interrupt)
         with pytest.raises(KeyboardInterrupt):
             distill.main([*MIXED, "--name", "begun"])
     finally:
-        distill.training_step = pristine
+        distill.run_step = pristine
         os.chdir(here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -267,7 +268,8 @@ def test_alone_nothing_is_started_and_nothing_changes(tiny):
     assert not torch.distributed.is_initialized() and sharding.is_main()
     rows = torch.arange(3)
     assert torch.equal(sharding.collect(sharding.share(rows)), rows) and sharding.total(7) == 7
-    assert sharding.in_step([[0, 1], [2]], None, processor) == [([0, 1], []), ([2], [])]
+    prompts = [qwen.Prompt([5])] * 3
+    assert sharding.even_out(processor, [[0, 1], [2]], prompts, prompts, [[]] * 3) == [[0, 1], [2]]
     kind = type(model)
     sharding.shard(model)
     with sharding.gathered(model):
@@ -298,11 +300,14 @@ def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
         monkeypatch.setattr(sharding, "world", 3)
         monkeypatch.setattr(sharding, "gather",
                             lambda mine, r=rank: [*kinds[:r], mine, *kinds[r + 1:]])
-        got = sharding.in_step([[row] for row in range(len(ours))], ours, processor)
-        assert [rows for rows, _ in got] == [[row] if row < len(ours) else [] for row in range(3)]
-        for i, (rows, blanks) in enumerate(got):
-            seen = [*(ours[row] for row in rows), *blanks]
-            assert len(seen) > 0
+        n, hinted, responses = len(ours), list(ours), [[7]] * len(ours)
+        got = sharding.even_out(processor, [[row] for row in range(n)], ours, hinted, responses)
+        assert len(ours) == len(hinted) == len(responses)
+        assert [[row for row in rows if row < n] for rows in got] == [
+            [row] if row < n else [] for row in range(3)]
+        for i, rows in enumerate(got):
+            assert len(rows) > 0 and all(responses[row] == [] for row in rows if row >= n)
+            seen = [ours[row] for row in rows]
             assert any(p.grids for p in seen) == (i == 0)
             # the video stands in kinds only, so rank 1's own third row is a text
             assert any(p.video_grids for p in seen) == (i == 2 and rank != 1) or rank == 1

@@ -45,8 +45,8 @@ def textbook(block, x, sink, visual, lo, hi):
     def project(linear, states):                                           # -> (B, H, tokens, d)
         return linear(states).view(B, -1, block.heads, D // block.heads).transpose(1, 2)
     h = x[rows, sink]
-    v = F.rms_norm(x[:, lo:hi], (D,), block.visual_norm.weight, block.eps)               # (B, N, D)
-    q = F.rms_norm(h, (D,), block.sink_norm.weight, block.eps)[:, None]
+    v = F.rms_norm(x[:, lo:hi], (D,), block.visual_norm.weight, 1e-6)               # (B, N, D)
+    q = F.rms_norm(h, (D,), block.sink_norm.weight, 1e-6)[:, None]
     z = F.scaled_dot_product_attention(project(block.query, q), project(block.key, v),
                                        project(block.value, v), attn_mask=visual[:, None, None])
     return x.index_put((rows, sink), h + block.output(z.reshape(B, D)))
@@ -59,7 +59,7 @@ def absorbed(block, x, sink, visual, lo, hi):
 def make(B, N, dtype, hidden=HIDDEN, heads=HEADS):
     """A block with random weights, and states of B rows with N visual tokens each."""
     g = torch.Generator().manual_seed(0)
-    block = Block(hidden, heads, 1e-6, SimpleNamespace())
+    block = Block(hidden, heads, 1e-6)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if "norm" in name:
