@@ -288,7 +288,7 @@ def _invert_cdf(probs, uniform, block: int = 128):
     pages = pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
     cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
     target = (uniform * cdf[:, -1])[:, None]                                        # (R, 1)
-    # no number is above NaN: the clamps keep such a row inside the table, until it is refused
+    # searchsorted puts NaN behind the end: the clamps keep such a row legal until it is refused
     page = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
     before = pad(cdf, (1, 0)).gather(1, page)
     words = pages[torch.arange(len(pages), device=page.device), page[:, 0]]         # (R, 128)
