@@ -16,7 +16,7 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-from scale import plan
+from scale import lora, plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
@@ -148,7 +148,12 @@ def kept_for_backward(dtype, train, attention, checkpointing, experts=False) -> 
         config["text_config"] |= EXPERTS
     model = of_class(config, dtype=dtype, attn_implementation=attention).train()
     cue_recovery.attach(model, every=2)
-    distill.choose_weights(model, train)
+    if train == "lora":
+        lora.attach(model, rank=16)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("lora.", "cue_recovery.")))
+    else:
+        distill.choose_weights(model, train)
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
@@ -180,7 +185,7 @@ def kept_for_backward(dtype, train, attention, checkpointing, experts=False) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("train, attention, checkpointing, within", [
     ("all", "sdpa", False, 0.03), ("all", "eager", False, 0.03), ("language", "sdpa", False, 0.03),
-    ("cue", "sdpa", False, 0.05), ("all", "sdpa", True, 0.1)])
+    ("cue", "sdpa", False, 0.05), ("lora", "sdpa", False, 0.03), ("all", "sdpa", True, 0.1)])
 def test_what_is_kept_for_backward(dtype, train, attention, checkpointing, within):
     """The one equation, against every tensor that autograd keeps of a real forward pass."""
     found, planned = kept_for_backward(dtype, train, attention, checkpointing)
@@ -188,7 +193,7 @@ def test_what_is_kept_for_backward(dtype, train, attention, checkpointing, withi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train", ["all", "cue"])
+@pytest.mark.parametrize("train", ["all", "cue", "lora"])
 def test_what_a_mixture_of_experts_keeps(dtype, train):
     """Of the routed experts, and of the copies of a token's state that they read and return."""
     found, planned = kept_for_backward(dtype, train, "sdpa", False, experts=True)
@@ -232,6 +237,25 @@ def test_a_backbone_that_is_its_own_teacher_is_held_once():
     assert shared.parts["teacher's weights"] == 0 < copied.parts["teacher's weights"]
     averaged = plan.plan(plan.Run(teacher="ema"), B2)
     assert averaged.parts["teacher's weights"] == 2 * copied.parts["teacher's weights"]
+
+
+@pytest.mark.parametrize("config", [TINY, {**shape(), "model_type": "qwen3_vl_moe", "text_config": {
+    **shape()["text_config"], **EXPERTS}}], ids=["tiny", "experts"])
+def test_adapters_are_counted(config):
+    model = of_class(config)
+    made = plan.plan(run_of(train="lora", lora_rank=3, cue_recovery=False), config)
+    found = sum(p.numel() for p in lora.attach(model, rank=3).parameters())
+    assert made.parameters["adapters"] == made.parameters["trained"] == found > 0
+    assert made.parameters["teacher"] == 0
+
+
+def test_adapters_of_the_8b_fit_48_gb():
+    """One backbone is student and teacher. Trained whole, it fits only with both the optimizer and
+    the teacher in CPU memory."""
+    for train, fits in (("lora", True), ("language", False)):
+        run = plan.Run(train=train, max_pixels=1310720)
+        flags, made, _ = plan.make_fit(run, 48e9, B8)
+        assert made.peak < 48e9 and ("--offload" not in " ".join(flags)) == fits, flags
 
 
 def readme_rows() -> list[str]:
