@@ -124,7 +124,7 @@ def dimensions(config: dict) -> SimpleNamespace:
     """The letters above, and the same of the vision tower (v...), from a config.json."""
     text, vision = config["text_config"], config["vision_config"]
     heads, d, layers = text["num_attention_heads"], text["head_dim"], text["num_hidden_layers"]
-    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5 writes so
+    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5's name
     only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
     routed = sum(n not in only and (n + 1) % step == 0 for n in range(layers)) if experts else 0
     k, wide = (text["num_experts_per_tok"], text["moe_intermediate_size"]) if routed else (0, 0)
@@ -168,18 +168,27 @@ def module_size(m, every: int) -> tuple[int, int]:
     return blocks, blocks * (4 * m.D**2 + 2 * m.D)
 
 
+def adapters(m, rank: int) -> int:
+    """Numbers of the adapters beside one layer (lora.py); experts have none."""
+    attention = 2 * (m.D + m.A) + 2 * (m.D + m.K)
+    return rank * (attention + (3 * (m.D + m.dense) if m.dense else 0))
+
+
 # ---------------------------------------------------------------------------- activations
 
-def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
+def layer_keeps(m, b: int, run, row: int) -> float:
     """Bytes a token that one decoder layer keeps for backward; row: tokens of a row, padded."""
-    w = b if trained else 0
-    norms = 2 * m.D * (4 + 2 * w)                     # computed in float32; output, and before gain
-    queries = m.A * (4 + w + b) + m.K * (4 + w)       # q_norm, k_norm, and q after rotation
+    w = 0 if run.train == "cue" else b                # the input of a matrix that learns, or its A
+    f = 0 if run.frozen() and m.k else w              # of one in the feed-forward
+    g = 0 if run.frozen() else b                      # of a gain that learns
+    norms = m.D * (8 + w + f + 2 * g)                 # computed in float32; output, and before gain
+    queries = m.A * (4 + g + b) + m.K * (4 + g)       # q_norm, k_norm, and q after rotation
     core = 2 * m.K * b + m.A * b + 4 * m.heads        # keys, values, and the result
-    if attention == "eager":                          # repeated for all heads; softmax in float32
+    if run.attention == "eager":                      # repeated for all heads; softmax in float32
         core = 3 * m.A * b + m.heads * row * (4 + (b if b < 4 else 0))
-    experts = m.k * (m.D * (b + w) + 40) + 4 * m.E    # results, copies, where from; the router's
-    return norms + queries + core + m.F * (3 * b + w) + experts
+    experts = m.k * (m.D * (b + f) + 40) + 4 * m.E    # results, copies, where from; the router's
+    thin = (7 if m.dense else 4) * run.lora_rank * b if run.train == "lora" else 0      # A x
+    return norms + queries + core + m.F * (3 * b + f) + experts + thin
 
 
 def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
@@ -221,8 +230,8 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
     `row`; `pictures` of `picture` patches each. What is handed to the model for them (pixels or
     features) is not among these bytes.
     """
-    w, patches = (0 if run.train == "cue" else b), pictures * picture
-    layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
+    w, patches = (0 if run.frozen() else b), pictures * picture
+    layer = layer_keeps(m, b, run, row)
     block = block_keeps(m, b, picture, run.attention)
     # a module that alone is trained needs no gradient from before its first block
     layers = m.layers - (run.train == "cue")
@@ -247,6 +256,7 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
 class Run:
     """What the plan needs of the settings (distill.Config has fields of the same names)."""
     train: str = "all"
+    lora_rank: int = 16
     teacher: str = "self"
     dtype: str = "bfloat16"
     device: str = "cuda"
@@ -270,9 +280,13 @@ class Run:
         """vision.py: both towers are one frozen tower, which reads each picture before the step."""
         return self.train != "all" and self.teacher == "self" and self.gpus == 1
 
+    def frozen(self) -> bool:
+        """No weight of the backbone learns."""
+        return self.train in ("cue", "lora")
+
     def shares(self) -> bool:
-        """The teacher is the student, with its module off."""
-        return self.train == "cue" and self.teacher == "self" and self.gpus == 1
+        """The teacher is the student, with its module and adapters off."""
+        return self.frozen() and self.teacher == "self" and self.gpus == 1
 
     def picture(self, m, most: int) -> tuple[int, float, float]:
         """Of the pictures of a prompt: patches, bytes of their pixels, bytes of their features."""
@@ -316,9 +330,10 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
              "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
              "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
-    return Plan({"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
-                 "trained": z.trained, "teacher": 0 if run.shares() else z.u.total},
-                parts, peaks, host)
+    numbers = {"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
+               **({"adapters": z.added - z.module} if z.lora else {}), "trained": z.trained,
+               "teacher": 0 if run.shares() else z.u.total}
+    return Plan(numbers, parts, peaks, host)
 
 
 def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
@@ -332,8 +347,10 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
     # held all the time: weights in b bytes; masters and moments in float32
     z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
-    z.trained = z.module + {"all": z.c.total, "language": z.c.language, "cue": 0}[run.train]
-    z.weights = b * (z.c.total + z.module) / N
+    z.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
+    z.added = z.module + m.layers * z.lora
+    z.trained = z.added + {"all": z.c.total, "language": z.c.language}.get(run.train, 0)
+    z.weights = b * (z.c.total + z.added) / N
     z.teacher = 0 if run.shares() else z.tb * z.u.total / N
     z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
     z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
@@ -345,9 +362,9 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
     # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
     z.earlier = z.gradients if z.responses * z.row > z.n else 0
-    # FSDP2 gathers a layer while the one before computes; what belongs to the root (embedding,
-    # head, module) stays gathered meanwhile. An offloaded teacher's head stays for the whole step
-    z.root, z.gathered = z.c.embedding + z.c.head + z.module, 0
+    # FSDP2 gathers a layer while the one before computes; the root's (embedding, head, module,
+    # adapters) stay gathered. An offloaded teacher's head stays for the whole step
+    z.root, z.gathered = z.c.embedding + z.c.head + z.added, 0
     if N > 1:
         z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
                       + 2 * max(b * z.c.layer, z.tb * z.u.layer))
@@ -376,7 +393,7 @@ def evaluate(run: Run, z) -> float:
 
 def sample(run: Run, z) -> float:
     """Each of several GPUs has the whole student."""
-    whole = z.b * (z.c.total + z.module) if run.gpus > 1 else 0
+    whole = z.b * (z.c.total + z.added) if run.gpus > 1 else 0
     return z.always + whole + z.sampling
 
 
@@ -391,9 +408,9 @@ def teach(run: Run, z) -> float:
 
 
 def learn(run: Run, z) -> float:
-    """Forward and backward of a micro-batch; gradients add up over GPUs in float32, then are cut."""
-    root = z.root if run.train != "cue" else z.module
-    adding = (z.b + 4) * max(z.c.layer, root) if run.gpus > 1 else 0
+    """Forward and backward of a micro-batch. Gradients of several GPUs add up in float32."""
+    largest = max(z.c.layer, z.added if run.frozen() else z.root)
+    adding = (z.b + 4) * largest if run.gpus > 1 else 0
     return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
 
 
@@ -424,7 +441,7 @@ def learning_with_loss(run: Run, z) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
     b, m = z.b, z.m
     kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
-    head = m.V * m.D if run.train != "cue" else 0
+    head = 0 if run.frozen() else m.V * m.D
     chunk = min(CHUNK, z.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
