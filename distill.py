@@ -104,7 +104,7 @@ class Config:
                           high=1)
     top_k: int = option(0, "sample from the k most likely, 0 for all", low=0)
     lr: float = option(1e-6, "learning rate of the model", low=0, high=1e6)
-    cue_lr: float = option(1e-4, "learning rate of the recovery module", low=0, high=1e6)
+    cue_lr: float = option(1e-4, "learning rate of the module and of LoRA", low=0, high=1e6)
     warmup: int = option(10, "steps until the full learning rate", low=0)
     final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)",
                              low=0, high=1)
@@ -115,8 +115,10 @@ class Config:
                         low=0)
     sink: str = option("first", "the token that asks the picture: first of the sequence (paper), "
                        "or last of the prompt, which has read the question", ("first", "last"))
-    train: str = option("all", "which weights: all, language (no vision tower), cue (the module)",
-                        ("all", "language", "cue"))
+    train: str = option("all", "which weights: all, language (no vision tower), lora (adapters and "
+                        "the module), cue (the module)", ("all", "language", "lora", "cue"))
+    lora_rank: int = option(16, "with --train lora", low=1)
+    lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
     gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
     score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
                                    "with and without the hint: for one that no GPU holds whole")
@@ -377,8 +379,8 @@ def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]
 def choose_weights(student, train: str) -> list:
     """Mark what is trained; returns [(name, parameter)], shared weights once."""
     for name, parameter in student.named_parameters():
-        cue = name.startswith("cue_recovery.")
-        parameter.requires_grad_(cue or train == "all"
+        added = name.startswith(("cue_recovery.", "lora."))
+        parameter.requires_grad_(added or train == "all"
                                  or (train == "language" and not name.startswith("model.visual.")))
     return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
 

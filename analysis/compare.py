@@ -217,7 +217,7 @@ def reference_rows(runs, kind, names, other, notes) -> list[dict]:
 
 def reference(run: Run, kind: str) -> dict | None:
     """The summary of the base or the teacher: from before.json, else from result.json."""
-    if kind in run.before:
+    if "accuracy" in run.before.get(kind, {}):         # a teacher may only have scored
         return run.before[kind]
     found = {key[len(kind) + 1:]: value for key, value in run.result.items()
              if key.startswith(kind + "_")}

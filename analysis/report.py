@@ -125,7 +125,8 @@ class Run:
 
     def models(self) -> dict[str, dict]:
         """{base, teacher, student: summary as evaluate.summarise gives it}, what there is."""
-        found = {name: self.before[name] for name in ("base", "teacher") if name in self.before}
+        found = {name: self.before[name] for name in ("base", "teacher")
+                 if "accuracy" in self.before.get(name, {})}         # a teacher may only have scored
         student = {key[8:]: value for key, value in self.result.items()
                    if key.startswith("student_")}
         return found | ({"student": {**student, "n": self.result.get("n")}} if student else {})

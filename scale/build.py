@@ -11,7 +11,7 @@ from __future__ import annotations
 import cue_recovery
 import model as qwen
 import teacher as teaching
-from scale import sharding
+from scale import lora, sharding
 from scale.checks import check_placement
 
 
@@ -25,8 +25,8 @@ def build_models(config):
         dtype=dtype, device=device, attention=config.attention,
         min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None))
     student, processor = qwen.load(config.student, **options)
-    if config.teacher == "self" and config.train == "cue" and sharding.world == 1:
-        teacher = student        # its backbone stays as it is; the module is off while it teaches
+    if config.teacher == "self" and config.train in ("cue", "lora") and sharding.world == 1:
+        teacher = student        # its backbone stays as it is; what is added is off while it teaches
     elif config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
         if config.teacher == "ema":
@@ -42,6 +42,8 @@ def build_models(config):
         depth = student.config.text_config.num_hidden_layers
         cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
                             sink=config.sink)
+    if config.train == "lora":
+        lora.attach(student, config.lora_rank, config.lora_alpha, config.seed)
     if config.gradient_checkpointing:
         # renamed in transformers 5.24, the old name warns
         getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()

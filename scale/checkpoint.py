@@ -141,6 +141,8 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     weights = model.state_dict() if weights is None else weights
+    lora, adapted = getattr(model, "lora", None), weights
+    weights = lora.merge(adapted) if lora else adapted
     module = {name.removeprefix("cue_recovery."): tensor for name, tensor in weights.items()
               if name.startswith("cue_recovery.")}
     rest = {name: tensor for name, tensor in weights.items()
@@ -150,11 +152,13 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
         model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=rest)
         if module:
             model.cue_recovery.save(temporary / "cue_recovery.safetensors", module)
+        if lora:             # merged into the weights; on their own as well, as PEFT has them
+            lora.save(temporary / "adapter", adapted)
         processor.write(temporary)
         if notes is not None:
             (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
         mode = (temporary / "config.json").stat().st_mode
-        for path in temporary.iterdir():
+        for path in filter(Path.is_file, temporary.rglob("*")):
             path.chmod(mode)                # safetensors makes files that only their owner can read
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())     # the data must be on disk before the name is

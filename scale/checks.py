@@ -69,7 +69,10 @@ def check_models(config) -> qwen.Processor:
     if config.offload_teacher and config.teacher == "ema":
         raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
                          "stay beside the student")
-    _, dtype = check_placement(config.device, config.dtype, config.attention)
+    check_placement(config.device, config.dtype, config.attention)
+    if config.teacher == "ema" and config.train in ("cue", "lora"):
+        raise ValueError(f"--teacher ema: with --train {config.train} the backbone stays as it is, "
+                         "and so would its average; take --teacher self")
     if config.teacher == "ema" and "flash" in config.attention:
         raise ValueError(f"--teacher ema is kept in float32, which --attention {config.attention} "
                          "does not compute in; take sdpa")

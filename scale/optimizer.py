@@ -23,7 +23,8 @@ import torch
 class Optimizer:
     """AdamW over float32 masters, two rates, clipping, and a guard against non-finite gradients.
 
-    parameters: [(name, parameter)]; names beginning with "cue_recovery." get `cue_lr`.
+    parameters: [(name, parameter)]; what was added to the model (names that begin
+    with "cue_recovery." or "lora.") gets `cue_lr`.
     device: where masters and moments live and are updated, 12 bytes a weight; default: where the
     weights are. With "cpu" they leave the GPU, at the price of one copy to and fro a step.
     """
@@ -39,7 +40,7 @@ class Optimizer:
         self.warmup, self.steps, self.final, self.clip = warmup, steps, final, clip
         groups = {}
         for name, master in zip(self.names, self.masters):
-            rate = cue_lr if name.startswith("cue_recovery.") else lr
+            rate = cue_lr if name.startswith(("cue_recovery.", "lora.")) else lr
             groups.setdefault(rate, []).append(master)
         # fused: one pass over the weights; the default makes copies as large as they are
         self.adam = torch.optim.AdamW([{"params": masters, "base": rate, "lr": rate}

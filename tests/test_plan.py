@@ -17,11 +17,7 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-<<<<<<< HEAD
-from scale import decoder, plan
-=======
-from scale import lora, plan
->>>>>>> heart
+from scale import decoder, lora, plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
@@ -243,11 +239,6 @@ def test_a_backbone_that_is_its_own_teacher_is_held_once():
     assert averaged.parts["teacher's weights"] == 2 * copied.parts["teacher's weights"]
 
 
-<<<<<<< HEAD
-def table_rows() -> list[str]:
-    """The table of docs/memory.md: for each student, teacher and --train what `--plan` proposes."""
-    letters = {"offload_teacher": "T", "offload_optimizer": "O", "score_privilege": "P"}
-=======
 @pytest.mark.parametrize("config", [TINY, {**shape(), "model_type": "qwen3_vl_moe", "text_config": {
     **shape()["text_config"], **EXPERTS}}], ids=["tiny", "experts"])
 def test_adapters_are_counted(config):
@@ -267,15 +258,14 @@ def test_adapters_of_the_8b_fit_48_gb():
         assert made.peak < 48e9 and ("--offload" not in " ".join(flags)) == fits, flags
 
 
-def readme_rows() -> list[str]:
-    """The README's table: for each student, teacher and --train, what fits, with which flags."""
-    letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T",
-               "--offload-optimizer": "O", "--sample-batch": "S", "--micro-batch-tokens": "M"}
->>>>>>> heart
+def table_rows() -> list[str]:
+    """The table of docs/memory.md: for each student, teacher and --train what `--plan` proposes."""
+    letters = {"offload_teacher": "T", "offload_optimizer": "O", "score_privilege": "P"}
     rows = []
     for student, teacher, train in (
             ("2B", "self", "all"), ("2B", "self", "language"), ("2B", "self", "cue"),
-            ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"), ("8B", "self", "cue"),
+            ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"),
+            ("8B", "self", "lora"), ("8B", "self", "cue"),
             ("8B", "32B", "all"), ("8B", "32B", "cue")):
         name = "self" if teacher == "self" else f"Qwen/Qwen3-VL-{teacher}-Instruct"
         cells = []
