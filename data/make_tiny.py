@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "tiny-qwen3-vl"))
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1e-3)    # 2e-3 never learns the shapes (TOY.md)
+    parser.add_argument("--lr", type=float, default=1e-3)    # at 2e-3 it never learns the shapes
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

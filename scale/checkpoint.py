@@ -133,12 +133,11 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
                max_shard_size="5GB") -> None:
     """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
 
-    The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
-    kill between the two renames leaves FOLDER.old, the one before, which model.load then reads.
-    notes: written beside the weights as evaluation.json. weights: a state dict to be written
-    instead of the model's own, as of a model cut over several GPUs. Weights beyond
-    `max_shard_size` go to several files with an index, as the published 8B has them. Raises
-    OSError when the disk is full.
+    The folder gets its name only when complete: a kill leaves FOLDER.tmp, never half a folder. A
+    kill between the two renames leaves the previous FOLDER.old, which model.load then reads.
+    notes: written beside the weights as evaluation.json. weights: a state dict to write instead of
+    the model's own, for a model in slices on several GPUs. Weights larger than `max_shard_size` go
+    to several files with an index, as in the published 8B. Raises OSError when the disk is full.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))

@@ -171,7 +171,7 @@ def save_state(folder: Path, step: int, optimizer, teacher, config, fatal: bool)
 
 
 def write_result(folder: Path, config, models: dict, save, seconds: float, student) -> list[str]:
-    """result.json, and the last line of metrics.jsonl again with its accuracy; returns what to say.
+    """Write result.json; add the accuracy to the last line of metrics.jsonl. Returns what to print.
 
     models: the summaries of base, teacher and student. save(folder, notes): writes the student.
     """
