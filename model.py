@@ -51,6 +51,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
+INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    # to be graded
 PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"

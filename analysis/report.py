@@ -199,7 +199,8 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
     needs = () if config.privilege == "none" else (config.privilege,)
     try:
-        records = [with_frames(r) for r in record_files.load(config.eval_data, needs)[:count]]
+        records = [with_frames({"instruction": run.args.get("instruction", ""), **r})
+                   for r in record_files.load(config.eval_data, needs)[:count]]
         start, teacher, processor = distill.build_models(config)
         if config.teacher == "ema":
             load_averaged(teacher, run)

@@ -11,7 +11,7 @@ of match are listed, from certain to merely suspicious:
 
 In and out. --data is a records file (records.py). --against is any number of files: records, or a
 benchmark's parquet, JSON or TSV as its authors or VLMEvalKit publish it, read by the names of its
-columns (QUESTIONS, PICTURES below), rows whose picture is another row's included. Beside train.jsonl are then
+columns (QUESTIONS, PICTURES below), rows whose picture is another row's included. Out of it come
     train.contamination.jsonl   {"id": .., "why": {"near picture": {"rows": 3, "first": [
                                  {"file": .., "row": .., "bits": 5}, ..]}}} for each record found
     train.contamination.html    near pictures side by side, the nearest first
@@ -25,8 +25,9 @@ and two pictures are near when at most 12 of the 256 bits differ, their shapes (
 at most 5 %, the mean colours of 4 x 4 cells by at most 36 levels, and at a second look no cell of
 80 x 80 by more than 40 levels from all the cells around its place in the other picture.
 Why steps, and above 2: a little brighter is the same, and the noise of JPEG stays below. Why
-colours: red and blue shapes in the same places have the same steps. Why the second look: plots share
-axes and grid, and 8 x 8 cells of a thin curve say nearly nothing. Why around: a rescaled line moves.
+colours: red and blue shapes in the same places have the same steps. Why the second look: plots
+share axes and grid, and 8 x 8 cells of a thin curve say nearly nothing. Why around: a line that is
+rescaled moves a little.
 Measured: copies found in %, and different pictures called near, without and with the second look,
 of 684 plots as DynaMath has them (234,000 pairs), 600 toy scenes and 600 line drawings (180,000
 pairs each). tests/test_contamination.py draws such plots and repeats it smaller.
@@ -40,9 +41,8 @@ Run.
     python data/prepare.py contamination --data data/vision_r1/train.jsonl --against FILE [FILE ..]
     python data/contamination.py --data train.jsonl --against testmini.json --drop
 
-Left out. Crops, mirrors and turned copies, the same figure drawn anew, a question reworded: finding
-those takes a model. Pictures without steps (a blank page) are compared by pixels only. Video frames
-are not looked at.
+Left out. Crops, mirrors and turned copies, the same figure drawn anew, a question reworded: those
+take a model. Pictures without steps (a blank page) are compared by pixels only, video frames never.
 """
 import argparse
 import base64
@@ -317,7 +317,8 @@ def check(data, against, pictures=(), out=None, drop=False):
     """Compare records file `data` with each file of `against`; write the listing, print counts.
 
     Near pictures go to a sheet beside the listing. With `drop`, DATA.clean.jsonl gets the lines of
-    the records without a match of a kind in DROPPED. Returns {record id: {reason: matches}}. Raises ValueError, OSError with file and row.
+    the records without a match of a kind in DROPPED. Returns {record id: {reason: matches}}. Raises
+    ValueError, OSError with file and row.
     """
     out = out or data.with_name(f"{data.stem}.contamination.jsonl")
     clean = data.with_name(f"{data.stem}.clean.jsonl")

@@ -1,16 +1,16 @@
-r"""data/records.py - the record format: read a JSONL file of questions about pictures, and check it.
+r"""data/records.py - the record format: read a JSONL file of questions about pictures; check it.
 
 One JSON object a line:
 
     {"id": "toy-17", "images": ["images/17.png"], "question": "How many red shapes are there?",
      "answer": "2", "cue": "...", "rationale": "...", "options": ["..."], "source": "toy"}
 
-id, images (may be empty), question and answer are required; OPTIONAL below lists what else is known,
-and other fields are kept as they are. A video is "video", a list of frame files, with "fps" or with
-"seconds", one time a frame. Picture paths are relative to the file and may not leave its folder by
-"..", though a link in it may lead anywhere: who made the link owns both ends (hub snapshots are all
-links). Everything wrong is refused at once, with file and line, before any model is loaded: a
-training run must not die of line 8,000 after an hour.
+id, images (may be empty), question and answer are required; OPTIONAL below lists what else is
+known, and other fields are kept as they are. A video is "video", a list of frame files, with "fps",
+or with "seconds", one time a frame. Picture paths are relative to the file and may not leave its
+folder by "..", though a link in it may lead anywhere: its owner made it, and snapshots of the hub
+are all links. Everything wrong is refused at once, with file and line, before any model is loaded:
+a training run must not die of line 8,000 after an hour.
 
 In:  load(path): the records, with absolute picture paths. An id is a str that knows its line.
      check_pictures(records): nothing, or one ValueError that names the pictures that do not decode.
@@ -46,7 +46,8 @@ PICTURES = ("images", "video", "teacher_images")
 ANSWER_KINDS = ("auto", "choice", "number", "math", "text", "list")         # grade.py's
 # In JSON "\frac" is a form feed and "rac": what is left of LaTeX written with one backslash. A tab
 # or a line may begin with a word, so only beginnings that are no English words are listed.
-EATEN = re.compile(r"\f[a-z]+|[\b][a-z]+|\t(?:heta|imes|ext[a-z]*\{|riangle|ilde|herefore|frac|au\b)"
+EATEN = re.compile(r"\f[a-z]+|[\b][a-z]+"
+                   r"|\t(?:heta|imes|ext[a-z]*\{|riangle|ilde|herefore|frac|au\b)"
                    r"|\r(?:ho|ight|angle|ceil|floor|m)\b|\n(?:abla|eq|otin|exists)\b")
 LETTER = {"\f": "f", "\b": "b", "\t": "t", "\r": "r", "\n": "n"}
 BIG = 16_000_000        # pixels; larger pictures are decoded one at a time, so memory stays bounded
@@ -80,7 +81,7 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
                     if field in record:
                         record[field] = [_inside(path.parent, name) for name in record[field]]
                 if record["id"] in first_seen:
-                    raise ValueError(f"id {record['id']!r} stands on line "
+                    raise ValueError(f"id {record['id'][:80]!r} stands on line "
                                      f"{first_seen[record['id']]} already")
             except RecursionError:
                 raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
@@ -188,7 +189,7 @@ def _whole(name: str, text: str, latex: bool) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"field {ascii(name)[1:-1]!r} holds half a character, "
+        raise ValueError(f"field {ascii(name[:40])[1:-1]!r} holds half a character, "
                          f"{ascii(text[error.start])}: was an emoji cut in two?") from None
     if latex and (eaten := EATEN.search(text)):
         word = LETTER[eaten[0][0]] + eaten[0][1:11]
@@ -236,12 +237,13 @@ def check_pictures(records, how: str = "decode", workers: int | None = None) -> 
                 for picture in record.get(field) or ():
                     key = str(picture) if isinstance(picture, (str, Path)) else id(picture)
                     first.setdefault(key, (picture, record["id"]))
-    alone, broken = threading.Lock(), []
+    alone = threading.Lock()
 
     def check(item):
         picture, name = item
         reason = _why_unreadable(picture, how, alone)
-        return reason and f"{getattr(name, 'where', '')}: record {str(name)!r}: {picture}: {reason}"
+        place = f"{name.where}: " if isinstance(name, Id) else ""
+        return reason and f"{place}record {str(name)!r}: {picture}: {reason}"
 
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
@@ -255,7 +257,7 @@ def check_pictures(records, how: str = "decode", workers: int | None = None) -> 
     if broken:
         more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise ValueError(f"{len(broken)} of {len(first)} pictures cannot be read, was a copy cut "
-                         "short?\n  " + "\n  ".join(said.lstrip(": ") for said in broken[:5]) + more)
+                         "short?\n  " + "\n  ".join(broken[:5]) + more)
 
 
 def _why_unreadable(picture, how: str, alone: threading.Lock) -> str | None:
@@ -268,6 +270,7 @@ def _why_unreadable(picture, how: str, alone: threading.Lock) -> str | None:
                 # a JPEG is read to its end at an eighth of its size, in a 64th of the memory
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
+                image.close()               # its pixels are gone before the next one may begin
     except Exception as error:              # Pillow's readers raise many kinds
         return str(error)[:200] or type(error).__name__
     return None

@@ -15,6 +15,7 @@ import torch
 
 import model as qwen
 import teacher as teaching
+from scale import plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -89,3 +90,35 @@ def check_models(config) -> qwen.Processor:
                              "Instruct teacher for an Instruct student, or both Thinking")
         print(f"stop ids: student {sorted(student.stop_ids)}, teacher {sorted(teacher.stop_ids)}")
     return processors[0]
+
+
+def check_memory(config) -> None:
+    """Fill in --sample-batch and --micro-batch-tokens where they are 0, by the free memory.
+
+    The plan counts the longest prompts and answers that the settings allow. Raises ValueError, with
+    the flags that would help, if even then the run needs more than there is. --gpu-memory, if
+    given, counts instead of what the GPU says. On a CPU nothing is looked up.
+    """
+    device, _ = check_placement(config.device, config.dtype, config.attention)
+    memory = config.gpu_memory
+    if not memory and device.type == "cuda":
+        memory = torch.cuda.mem_get_info()[0] / plan.GB
+    if not memory:
+        return plan.choose_sizes(config, 0)
+    sized, said = plan.fitted(config, memory)
+    if not said.startswith("fits"):
+        raise ValueError(said)
+    for name in ("sample_batch", "micro_batch_tokens", "score_privilege"):
+        setattr(config, name, getattr(sized, name))
+    print(said.splitlines()[0])
+
+
+def halve(config, student) -> None:
+    """Half the rows and half the micro-batch from now on; forget what the failed step left."""
+    config.sample_batch = max(1, config.sample_batch // 2)
+    config.micro_batch_tokens = max(1, config.micro_batch_tokens // 2)
+    print(f"\nout of memory: going on with --sample-batch {config.sample_batch} "
+          f"--micro-batch-tokens {config.micro_batch_tokens}", flush=True)
+    student.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

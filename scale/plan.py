@@ -124,7 +124,7 @@ def dimensions(config: dict) -> SimpleNamespace:
     """The letters above, and the same of the vision tower (v...), from a config.json."""
     text, vision = config["text_config"], config["vision_config"]
     heads, d, layers = text["num_attention_heads"], text["head_dim"], text["num_hidden_layers"]
-    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5 writes so
+    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5's name
     only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
     routed = sum(n not in only and (n + 1) % step == 0 for n in range(layers)) if experts else 0
     k, wide = (text["num_experts_per_tok"], text["moe_intermediate_size"]) if routed else (0, 0)
@@ -168,18 +168,27 @@ def module_size(m, every: int) -> tuple[int, int]:
     return blocks, blocks * (4 * m.D**2 + 2 * m.D)
 
 
+def adapters(m, rank: int) -> int:
+    """Numbers of the adapters beside one layer (lora.py); experts have none."""
+    attention = 2 * (m.D + m.A) + 2 * (m.D + m.K)
+    return rank * (attention + (3 * (m.D + m.dense) if m.dense else 0))
+
+
 # ---------------------------------------------------------------------------- activations
 
-def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
+def layer_keeps(m, b: int, run, row: int) -> float:
     """Bytes a token that one decoder layer keeps for backward; row: tokens of a row, padded."""
-    w = b if trained else 0
-    norms = 2 * m.D * (4 + 2 * w)                     # computed in float32; output, and before gain
-    queries = m.A * (4 + w + b) + m.K * (4 + w)       # q_norm, k_norm, and q after rotation
+    w = 0 if run.train == "cue" else b                # the input of a matrix that learns, or its A
+    f = 0 if run.frozen() and m.k else w              # of one in the feed-forward
+    g = 0 if run.frozen() else b                      # of a gain that learns
+    norms = m.D * (8 + w + f + 2 * g)                 # computed in float32; output, and before gain
+    queries = m.A * (4 + g + b) + m.K * (4 + g)       # q_norm, k_norm, and q after rotation
     core = 2 * m.K * b + m.A * b + 4 * m.heads        # keys, values, and the result
-    if attention == "eager":                          # repeated for all heads; softmax in float32
+    if run.attention == "eager":                      # repeated for all heads; softmax in float32
         core = 3 * m.A * b + m.heads * row * (4 + (b if b < 4 else 0))
-    experts = m.k * (m.D * (b + w) + 40) + 4 * m.E    # results, copies, where from; the router's
-    return norms + queries + core + m.F * (3 * b + w) + experts
+    experts = m.k * (m.D * (b + f) + 40) + 4 * m.E    # results, copies, where from; the router's
+    thin = (7 if m.dense else 4) * run.lora_rank * b if run.train == "lora" else 0      # A x
+    return norms + queries + core + m.F * (3 * b + f) + experts + thin
 
 
 def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
@@ -221,8 +230,8 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
     `row`; `pictures` of `picture` patches each. What is handed to the model for them (pixels or
     features) is not among these bytes.
     """
-    w, patches = (0 if run.train == "cue" else b), pictures * picture
-    layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
+    w, patches = (0 if run.frozen() else b), pictures * picture
+    layer = layer_keeps(m, b, run, row)
     block = block_keeps(m, b, picture, run.attention)
     # a module that alone is trained needs no gradient from before its first block
     layers = m.layers - (run.train == "cue")
@@ -247,6 +256,7 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
 class Run:
     """What the plan needs of the settings (distill.Config has fields of the same names)."""
     train: str = "all"
+    lora_rank: int = 16
     teacher: str = "self"
     dtype: str = "bfloat16"
     device: str = "cuda"
@@ -263,15 +273,20 @@ class Run:
     gradient_checkpointing: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
+    score_privilege: bool = False
     gpus: int = 1
 
     def reads_once(self) -> bool:
         """vision.py: both towers are one frozen tower, which reads each picture before the step."""
         return self.train != "all" and self.teacher == "self" and self.gpus == 1
 
+    def frozen(self) -> bool:
+        """No weight of the backbone learns."""
+        return self.train in ("cue", "lora")
+
     def shares(self) -> bool:
-        """The teacher is the student, with its module off."""
-        return self.train == "cue" and self.teacher == "self" and self.gpus == 1
+        """The teacher is the student, with its module and adapters off."""
+        return self.frozen() and self.teacher == "self" and self.gpus == 1
 
     def picture(self, m, most: int) -> tuple[int, float, float]:
         """Of the pictures of a prompt: patches, bytes of their pixels, bytes of their features."""
@@ -315,9 +330,10 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
              "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
              "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
-    return Plan({"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
-                 "trained": z.trained, "teacher": 0 if run.shares() else z.u.total},
-                parts, peaks, host)
+    numbers = {"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
+               **({"adapters": z.added - z.module} if z.lora else {}), "trained": z.trained,
+               "teacher": 0 if run.shares() else z.u.total}
+    return Plan(numbers, parts, peaks, host)
 
 
 def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
@@ -331,8 +347,10 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
     # held all the time: weights in b bytes; masters and moments in float32
     z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
-    z.trained = z.module + {"all": z.c.total, "language": z.c.language, "cue": 0}[run.train]
-    z.weights = b * (z.c.total + z.module) / N
+    z.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
+    z.added = z.module + m.layers * z.lora
+    z.trained = z.added + {"all": z.c.total, "language": z.c.language}.get(run.train, 0)
+    z.weights = b * (z.c.total + z.added) / N
     z.teacher = 0 if run.shares() else z.tb * z.u.total / N
     z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
     z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
@@ -344,9 +362,9 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
     # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
     z.earlier = z.gradients if z.responses * z.row > z.n else 0
-    # FSDP2 gathers a layer while the one before computes; what belongs to the root (embedding,
-    # head, module) stays gathered meanwhile. An offloaded teacher's head stays for the whole step
-    z.root, z.gathered = z.c.embedding + z.c.head + z.module, 0
+    # FSDP2 gathers a layer while the one before computes; the root's (embedding, head, module,
+    # adapters) stay gathered. An offloaded teacher's head stays for the whole step
+    z.root, z.gathered = z.c.embedding + z.c.head + z.added, 0
     if N > 1:
         z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
                       + 2 * max(b * z.c.layer, z.tb * z.u.layer))
@@ -358,17 +376,24 @@ def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
 
 
 def evaluate(run: Run, z) -> float:
-    """Before the first step, without moments; each of several GPUs has the whole teacher then."""
+    """Before the first step, without moments: the base answers, then the hinted teacher, unless it
+    only scores. Each of several GPUs has the whole of the model that answers."""
     alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
-    _, generating = sampling(alone, z.t, z.tb, GROUP * alone.sample_batch, z.most)
-    moments = 0 if run.offload_optimizer else 8 * z.trained / run.gpus
-    whole = z.tb * z.u.total if run.gpus > 1 else 0
-    return z.always - moments + whole + (z.teacher - z.resting_teacher) + generating
+    resting = z.always - (0 if run.offload_optimizer else 8 * z.trained / run.gpus)
+
+    def answering(m, b: int, numbers: int) -> float:
+        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, z.most)
+        return resting + generating + (b * numbers if run.gpus > 1 else 0)
+
+    base = answering(z.m, z.b, z.c.total + z.module)
+    if run.score_privilege:
+        return base
+    return max(base, answering(z.t, z.tb, z.u.total) + z.teacher - z.resting_teacher)
 
 
 def sample(run: Run, z) -> float:
     """Each of several GPUs has the whole student."""
-    whole = z.b * (z.c.total + z.module) if run.gpus > 1 else 0
+    whole = z.b * (z.c.total + z.added) if run.gpus > 1 else 0
     return z.always + whole + z.sampling
 
 
@@ -383,9 +408,9 @@ def teach(run: Run, z) -> float:
 
 
 def learn(run: Run, z) -> float:
-    """Forward and backward of a micro-batch; gradients add up over GPUs in float32, then are cut."""
-    root = z.root if run.train != "cue" else z.module
-    adding = (z.b + 4) * max(z.c.layer, root) if run.gpus > 1 else 0
+    """Forward and backward of a micro-batch. Gradients of several GPUs add up in float32."""
+    largest = max(z.c.layer, z.added if run.frozen() else z.root)
+    adding = (z.b + 4) * largest if run.gpus > 1 else 0
     return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
 
 
@@ -416,7 +441,7 @@ def learning_with_loss(run: Run, z) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
     b, m = z.b, z.m
     kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
-    head = m.V * m.D if run.train != "cue" else 0
+    head = 0 if run.frozen() else m.V * m.D
     chunk = min(CHUNK, z.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
@@ -434,6 +459,8 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     while size > 1:
         size //= 2
         out.append((f"--sample-batch {size}", {"sample_batch": size}))
+    if run.gpus > 1 and run.teacher not in ("self", "ema") and not run.score_privilege:
+        out.append(("--score-privilege", {"score_privilege": True}))
     if not run.gradient_checkpointing:
         out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     tokens = run.micro_batch_tokens
@@ -480,17 +507,62 @@ def merge(taken: dict) -> dict:
     return {name: value for _, change in taken.values() for name, value in change.items()}
 
 
-def report(config) -> str:
-    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
-    shape cannot be had."""
-    run, memory = from_settings(config), config.gpu_memory
-    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
-        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+def read_models(config) -> tuple[tuple, str, str]:
+    """(what plan() takes of both models, where the student's shape is from, and the teacher's)."""
     student, most, where = read_config(config.student)
     teacher, there = None, ""
     if config.teacher not in ("self", "ema"):
         teacher, _, there = read_config(config.teacher)
-    models = (student, teacher, most)
+    return (student, teacher, most), where, there
+
+
+def choose_sizes(config, memory: float) -> None:
+    """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
+
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
+    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    """
+    free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
+    run = from_settings(config)
+    if memory and free:
+        models, _, _ = read_models(config)
+        row = run.max_prompt_tokens + run.max_new_tokens
+        sizes = {"micro_batch_tokens": (32768, 24576, 16384, 12288, 8192, row),
+                 "sample_batch": (128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)}
+        run = replace(run, **{name: sizes[name][-1] for name in free})
+        scores = replace(run, score_privilege=True)
+        if (run.gpus > 1 and run.teacher not in ("self", "ema")
+                and plan(run, *models).peak > 0.9 * memory * GB >= plan(scores, *models).peak):
+            run, config.score_privilege = scores, True
+        for name in reversed(free):          # the micro-batch first: it decides the longest phase
+            for size in sizes[name]:
+                tried = replace(run, **{name: size})
+                if size >= row * (name != "sample_batch") and (
+                        plan(tried, *models).peak <= 0.9 * memory * GB):
+                    run = tried
+                    break
+    config.sample_batch, config.micro_batch_tokens = run.sample_batch, run.micro_batch_tokens
+
+
+def fitted(config, memory: float) -> tuple:
+    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say of them).
+    """
+    sized = replace(config)
+    choose_sizes(sized, memory)
+    run, (models, _, _) = from_settings(sized), read_models(sized)
+    return verdict(run, plan(run, *models), memory, models, config, sized)
+
+
+def report(config) -> str:
+    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
+    shape cannot be had."""
+    asked, config, memory = config, replace(config), config.gpu_memory
+    choose_sizes(config, memory)
+    run = from_settings(config)
+    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
+        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+    models, where, there = read_models(config)
+    student, _, most = models
     made = plan(run, *models)
     m = dimensions(student)
     lines = [f"student {config.student}: shape from {where}"]
@@ -510,16 +582,16 @@ def report(config) -> str:
         lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
                      f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
     if memory:
-        lines += ["", verdict(run, made, memory, models, config)]
+        lines += ["", verdict(run, made, memory, models, asked, config)[1]]
     return "\n".join(lines)
 
 
-def command(gpus: int, config, changed: dict) -> str:
-    """The whole command line of a run: what differs from the defaults, with some settings changed."""
+def command(gpus: int, config) -> str:
+    """The whole command line of a run: what differs from the defaults."""
     words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
     words.append("distill.py")
     for setting in fields(config):
-        value = changed.get(setting.name, getattr(config, setting.name))
+        value = getattr(config, setting.name)
         if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
             continue
         flag = setting.name.replace("_", "-")
@@ -530,23 +602,31 @@ def command(gpus: int, config, changed: dict) -> str:
     return " ".join(words)
 
 
-def verdict(run: Run, made: Plan, memory: float, models, config) -> str:
-    """Whether the run fits, and a command with the flags that make it fit."""
-    size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
-    if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, config, {})}"
-    flags, best, changed = make_fit(run, memory * GB, *models)
+def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
+    """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
+
+    asked: the settings as typed; sized: with the sizes that choose_sizes found.
+    """
+    size = f"{memory:.3g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
+    # sizes that are chosen here leave some room
+    room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
+    if made.peak <= room:
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, sized)}"
+    flags, best, changed = make_fit(run, room, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
-    if best.peak <= memory * GB:
+    if best.peak <= room:
+        sized = replace(asked, **changed)             # with these flags there may be room for more
+        choose_sizes(sized, memory)
+        best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):\n"
-                f"  {command(run.gpus, config, changed)}")
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):"
+                       f"\n  {command(run.gpus, sized)}")
     phase = max(best.peaks, key=best.peaks.get)
     text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
-            and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
-    return text + (f" --train {' or --train '.join(less)} would." if less else
-                   " A smaller model, shorter --max-new-tokens or more GPUs would.")
+            and make_fit(replace(run, train=train), room, *models)[1].peak <= room]
+    return sized, text + (f" --train {' or --train '.join(less)} would." if less else
+                          " A smaller model, shorter --max-new-tokens or more GPUs would.")
 
 
 def from_settings(config) -> Run:
@@ -556,4 +636,6 @@ def from_settings(config) -> Run:
     values["device"] = config.device or "cuda"
     values["gpus"] = config.gpus or int(os.environ.get("WORLD_SIZE", 1))
     values["dtype"] = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    values["sample_batch"] = config.sample_batch or Run.sample_batch
+    values["micro_batch_tokens"] = config.micro_batch_tokens or Run.micro_batch_tokens
     return Run(**values)

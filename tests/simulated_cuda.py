@@ -26,13 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
+WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal"}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class Simulated(torch.Tensor):
-    """Says it is on cuda:0; `numbers` is the CPU tensor behind it. To torch's C++, which has no CUDA
-    here, it is on the meta device, so what C++ makes "on the same device" is asked for on meta."""
+    """Says it is on cuda:0; `numbers` is the CPU tensor behind it.
+
+    To torch's C++, which has no CUDA here, it is on the meta device. So what C++ makes "on the same
+    device" is asked for on meta.
+    """
     device, is_cuda = property(lambda self: CUDA), property(lambda self: True)
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -78,7 +81,7 @@ class Device(TorchDispatchMode):
         if func._schema.is_mutable and name.endswith("_"):
             self.kernels += 1
             return args[0]
-        kept = {id(x.numbers): x for x in ours}
+        kept = {id(x.numbers): x for x in ours}             # returned as it came: the same wrapper
         memory = {x.numbers.untyped_storage()._cdata for x in ours}
         made = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
         self.kernels += name not in EMPTY and any(
@@ -106,7 +109,7 @@ def simulated_cuda():
     """The device for the time of a test. Name it CUDA, with its index."""
     tensor = torch.tensor
 
-    def tensor_of(data, *, device=None, **kwargs):      # its copy to the device is made below python
+    def tensor_of(data, *, device=None, **kwargs):      # C++ would not show the mode its copy
         out = tensor(data, **kwargs)
         return out if device is None else out.to(device)
 

@@ -33,14 +33,15 @@ def drawing(chance):
     return image
 
 
-CURVES = {"line": lambda x, a, b, c: a * x + b, "parabola": lambda x, a, b, c: a * (x - b)**2 / 2 + c,
+CURVES = {"line": lambda x, a, b, c: a * x + b,
+          "parabola": lambda x, a, b, c: a * (x - b)**2 / 2 + c,
           "hyperbola": lambda x, a, b, c: a / (x - b) + c if x != b else 99,
           "root": lambda x, a, b, c: a * math.sqrt(x - b) + c if x >= b else 99,
           "sine": lambda x, a, b, c: a * math.sin(x + b) + c / 2}
 
 
 def plot(chance, side=400):
-    """A curve over axes and a grid as DynaMath has them: from -5 to 5, a tenth of `side` a unit."""
+    """A curve over axes and a grid as DynaMath has them, from -5 to 5 on both axes."""
     image = Image.new("RGB", (side, side), "white")
     pen, curve = ImageDraw.Draw(image), CURVES[chance.choice(list(CURVES))]
     for n in range(1, 10):
@@ -128,8 +129,8 @@ DRAW = {"toy": toy.draw, "drawing": lambda scene, chance: drawing(chance),
 def test_copies_are_near_and_other_pictures_are_not(kind, found, wrong):
     """The header's table, smaller: JPEG of quality 60, half the size, both; 19,900 wrong pairs.
 
-    Without the second look 316 of 16,653 pairs of plots are near: they share axes and grid, and the
-    curve is thin. Of 250,000 pairs of DynaMath's own 202 were."""
+    Without the second look 316 of 16,653 pairs of plots are near: they share axes and grid, and
+    the curve is thin. Of 250,000 pairs of DynaMath's own 202 were."""
     chance, scenes = random.Random(2), {}
     while len(scenes) < 200:
         scene = toy.make_scene(chance, "train") if kind == "toy" else len(scenes)
@@ -151,7 +152,7 @@ def test_copies_are_near_and_other_pictures_are_not(kind, found, wrong):
 
 
 def test_two_aces_and_two_curves_are_two_pictures():
-    """The fingerprints of two aces were equal, a line and a hyperbola differed in 6 of 256 bits."""
+    """Real aces had equal fingerprints; a line and a hyperbola differed in 6 of 256 bits."""
     one, other = (contamination.take_print(encode(ace(suit))) for suit in ("spades", "clubs"))
     assert np.bitwise_count(one.bits ^ other.bits).sum() <= contamination.NEAR
     assert contamination.near([one], [other]) == []

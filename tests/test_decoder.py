@@ -151,7 +151,8 @@ def test_a_step_on_a_gpu_is_few_kernels_and_one_wait(loaded, deep, ragged):
         assert out.ids.tolist() == expected.ids.tolist()
         assert out.lengths.tolist() == expected.lengths.tolist()
         torch.testing.assert_close(out.logprobs.cpu(), expected.logprobs, atol=1e-5, rtol=0)
-    pairs = [(a, b) for a, b in zip(calls, calls[1:]) if a[1] == b[1] == 1]     # steps, not prefills
+        assert decoder.decode_mask(model, [3, 1], 3, CUDA).dtype == model.dtype, "added, not bool"
+    pairs = [(a, b) for a, b in zip(calls, calls[1:]) if a[1] == b[1] == 1]     # no prefill
     assert {b[3] - a[3] for a, b in pairs} == {1}, "the host waits once a step"
     assert max(b[2] - a[2] for a, b in pairs if a[0] == b[0]) <= 1000
     assert any(a[0] != b[0] for a, b in pairs), "rows should have left"
@@ -191,7 +192,7 @@ def test_the_simulated_gpu_sees_what_a_gpu_would_refuse_or_wait_for():
 
 
 @pytest.mark.parametrize("size", [128, 2048])
-def test_the_fused_norm_is_the_classes(size):
+def test_the_fused_norm_computes_what_the_class_does(size):
     """In float64 to what the class loses by computing in float32; in bf16 to one rounding, and no
     farther from the exact value than the class."""
     norm = transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLTextRMSNorm(size).double()

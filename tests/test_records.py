@@ -177,8 +177,8 @@ def test_numbers_that_json_does_not_have_are_refused(folder, value, word):
 
 def test_half_a_character_is_refused_in_any_field(folder):
     """A lone surrogate passed every check, and the run ended when its answers were written."""
-    for line in (json.dumps({**GOOD, "question": "a \ud83d b"}), json.dumps({**GOOD, "x": ["\udc00"]}),
-                 json.dumps({**GOOD, "\ud83d": 1}),
+    for line in (json.dumps({**GOOD, "question": "a \ud83d b"}),
+                 json.dumps({**GOOD, "x": ["\udc00"]}), json.dumps({**GOOD, "\ud83d": 1}),
                  json.dumps(GOOD).encode().replace(b"How", b"\xed\xa0\xbd")):
         refused(write(folder, line), "half a character|utf-8")
     assert records.load(write(folder, json.dumps({**GOOD, "question": "\U0001f600"})))
@@ -189,7 +189,7 @@ def test_half_a_character_is_refused_in_any_field(folder):
     (r"\boxed{1}", "boxed"), (r"\rho", "rho"), (r"\right)", "right"), (r"\text{cm}", "text"),
     (r"\triangle ABC", "triangle"), (r"\forall x", "forall"), (r"a \neq b", "neq")])
 def test_latex_with_one_backslash_is_refused(folder, latex, said):
-    r"""JSON reads \frac as a form feed and "rac": graded wrong, silently, as 1/2 was "rac{1}{2}"."""
+    r"""JSON reads \frac as a form feed and "rac": 1/2 was "rac{1}{2}", and graded wrong."""
     line = json.dumps(GOOD).replace('"2"', f'"{latex}"')
     refused(write(folder, line), rf"'answer' holds .*JSON makes of \\{said}.*write \\\\{said}")
     assert records.load(write(folder, line.replace("\\", "\\\\")))[1]["answer"] == latex
@@ -198,7 +198,20 @@ def test_latex_with_one_backslash_is_refused(folder, latex, said):
 
 def test_other_latex_with_one_backslash_says_how_to_write_it(folder):
     r"""\sqrt is no escape of JSON at all."""
-    refused(write(folder, json.dumps(GOOD).replace('"2"', r'"\sqrt{2}"')), "two backslashes in JSON")
+    line = json.dumps(GOOD).replace('"2"', r'"\sqrt{2}"')
+    refused(write(folder, line), "two backslashes in JSON")
+
+
+def test_long_names_do_not_fill_the_screen(folder):
+    """Found by changing bytes at random: a name or an id of 4,000 characters was printed."""
+    refused(write(folder, {**GOOD, "x" * 4000: "\ud800"}), "half a character")
+    refused(write(folder, {**GOOD, "id": "x" * 4000}, {**GOOD, "id": "x" * 4000}), "already", line=3)
+    refused(write(folder, b'{"a":' * 5000), "not valid JSON")
+
+
+def test_the_kinds_of_answers_are_those_of_the_grader():
+    from benchmarks.grade import KINDS
+    assert set(records.ANSWER_KINDS) == set(KINDS)
 
 
 def test_tabs_and_lines_of_ordinary_text_are_fine(folder):
@@ -255,7 +268,7 @@ def test_a_picture_of_no_known_format_fails_at_its_header(folder):
     (folder / "images" / "page.png").write_text("<html>404</html>")
     loaded = records.load(write(folder, {**GOOD, "images": ["images/page.png"]}))
     for how in ("decode", "headers"):
-        with pytest.raises(ValueError, match="train.jsonl:2: record 'a': .*page.png: cannot identify"):
+        with pytest.raises(ValueError, match="jsonl:2: record 'a': .*page.png: cannot identify"):
             records.check_pictures(loaded, how)
     with pytest.raises(ValueError, match="must be decode or headers"):
         records.check_pictures(loaded, "none")
