@@ -23,16 +23,10 @@ import torch
 class Optimizer:
     """AdamW over float32 masters, two rates, clipping, and a guard against non-finite gradients.
 
-<<<<<<< HEAD
-    parameters: [(name, parameter)]; what was added to the model (names that begin
-    with "cue_recovery." or "lora.") gets `cue_lr`.
-    device: where masters and moments live and are updated, 12 bytes a weight; default: where the
-    weights are. With "cpu" they leave the GPU, at the price of one copy to and fro a step.
-=======
-    parameters: [(name, parameter)]; names beginning with "cue_recovery." get `cue_lr`.
+    parameters: [(name, parameter)]; what was added to the model (names that begin with
+    "cue_recovery." or "lora.") gets `cue_lr`.
     device: where masters and moments live and are updated, 12 bytes per weight (default: where the
     weights are). "cpu" frees the GPU of them, at the cost of one round trip per step.
->>>>>>> docs
     """
 
     def __init__(self, parameters, *, lr: float, cue_lr: float, warmup: int, steps: int,
