@@ -457,7 +457,8 @@ def test_pictures_may_not_lie_outside_the_source_folder(name, tmp_path):
         load("mathverse", folder, check_rows=False)
 
 
-@pytest.mark.parametrize("cell", ["[" + "9" * 400 + "+1j]", "[" * 9000, "[1 +", "{[]: 1}", "[\x00]"])
+@pytest.mark.parametrize("cell", ["[" + "9" * 400 + "+1j]", "[" * 9000, "[1 +", "{[]: 1}",
+                                  "[\x00]"])
 def test_a_hostile_literal_is_refused(cell):
     """The first was found by changing bytes at random: an OverflowError ended the reading."""
     with pytest.raises(ValueError, match="not a list literal"):
