@@ -35,6 +35,7 @@ Left out: activation offload, tensor and pipeline parallelism, quantised weights
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -444,57 +445,68 @@ def learning_with_loss(run: Run, z) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------- what makes it fit
 
-def changes(run: Run) -> list[tuple[str, dict]]:
-    """What saves memory without changing what is learnt, the cheapest in time first."""
-    out = [("--attention sdpa", {"attention": "sdpa"})] if run.attention == "eager" else []
-    size = run.sample_batch
-    while size > 1:
-        size //= 2
-        out.append((f"--sample-batch {size}", {"sample_batch": size}))
+def changes(run: Run) -> list[tuple]:
+    """(setting, value) that saves memory without changing what is learnt, the cheapest first."""
+    out = [("attention", "sdpa")] if run.attention == "eager" else []
+    rows, tokens = run.sample_batch, run.micro_batch_tokens
+    row = run.max_prompt_tokens + run.max_new_tokens
+    while rows > 1:
+        rows //= 2
+        out.append(("sample_batch", rows))
     if not run.gradient_checkpointing:
-        out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
-    tokens = run.micro_batch_tokens
-    while tokens > run.max_prompt_tokens + run.max_new_tokens:
-        tokens = max(tokens // 2, run.max_prompt_tokens + run.max_new_tokens)
-        out.append((f"--micro-batch-tokens {tokens}", {"micro_batch_tokens": tokens}))
-    if run.gpus > 1:                                  # distill.py offloads for one process only
-        return out
-    if not run.offload_teacher and run.teacher != "ema":
-        out.append(("--offload-teacher", {"offload_teacher": True}))
-    if not run.offload_optimizer:
-        out.append(("--offload-optimizer", {"offload_optimizer": True}))
+        out.append(("gradient_checkpointing", True))
+    while tokens > row:
+        tokens = max(tokens // 2, row)
+        out.append(("micro_batch_tokens", tokens))
+    if run.gpus == 1:                                 # distill.py offloads for one process only
+        if not run.offload_teacher and run.teacher != "ema":
+            out.append(("offload_teacher", True))
+        if not run.offload_optimizer:
+            out.append(("offload_optimizer", True))
     return out
 
 
-def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan, dict]:
-    """Flags that bring the peak below `memory` bytes, as few as found; the plan with them, which
-    says whether it fits; and the settings they change.
+def make_fit(run: Run, memory: float, *models) -> tuple[dict, Plan]:
+    """Settings that bring the peak below `memory` bytes, as few as found; and the plan with them,
+    which says whether it fits.
 
     Greedy: takes what lowers the peak until it fits, then gives back what was not needed.
     """
-    taken, best = {}, plan(run, *models)
-    options = changes(run)
-    progress = True
-    while best.peak > memory and progress:
-        progress = False
-        for flag, change in options:
-            now = plan(replace(run, **{**merge(taken), **change}), *models)
-            if now.peak < best.peak - 1e6:
-                key = flag.split()[0]
-                taken.pop(key, None)
-                taken[key], best, progress = (flag, change), now, True
-                if now.peak <= memory:
-                    break
-    for key in list(taken):
-        rest = {k: v for k, v in taken.items() if k != key}
-        now = plan(replace(run, **merge(rest)), *models)
+    taken, best, before = {}, plan(run, *models), math.inf
+    while memory < best.peak < before:
+        before = best.peak
+        for name, value in changes(run):
+            now = plan(replace(run, **{**taken, name: value}), *models)
+            if best.peak > memory and now.peak < best.peak - 1e6:
+                taken.pop(name, None)
+                taken[name], best = value, now
+    for name in list(taken):
+        rest = {k: v for k, v in taken.items() if k != name}
+        now = plan(replace(run, **rest), *models)
         if now.peak <= memory:
             taken, best = rest, now
-    return [flag for flag, _ in taken.values()], best, merge(taken)
+    return taken, best
 
 
-def merge(taken: dict) -> dict:
-    return {name: value for _, change in taken.values() for name, value in change.items()}
+def flags(settings: dict) -> list[str]:
+    """Settings as on the command line."""
+    out = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            out.append(f"--{flag} {shlex.quote(str(value))}")
+    return out
+
+
+def command(run: Run, config, changed: dict) -> str:
+    """A run's whole command line: what differs from the defaults, with some settings changed."""
+    start = "python" if run.gpus == 1 else f"torchrun --nproc-per-node {run.gpus}"
+    given = {f.name: getattr(config, f.name) for f in fields(config)
+             if f.name not in ("plan", "gpu_memory", "gpus", "name")
+             and getattr(config, f.name) != f.default}
+    return " ".join([start, "distill.py", *flags({**given, **changed})])
 
 
 def report(config) -> str:
@@ -531,35 +543,19 @@ def report(config) -> str:
     return "\n".join(lines)
 
 
-def command(gpus: int, config, changed: dict) -> str:
-    """A run's whole command line: what differs from the defaults, with some settings changed."""
-    words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
-    words.append("distill.py")
-    for setting in fields(config):
-        value = changed.get(setting.name, getattr(config, setting.name))
-        if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
-            continue
-        flag = setting.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", shlex.quote(str(value))]
-    return " ".join(words)
-
-
 def verdict(run: Run, made: Plan, memory: float, models, config) -> str:
-    """Whether the run fits, and a command with the flags that make it fit."""
+    """Whether the run fits, and the command that makes it fit."""
     size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
     if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, config, {})}"
-    flags, best, changed = make_fit(run, memory * GB, *models)
+        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run, config, {})}"
+    changed, best = make_fit(run, memory * GB, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
     if best.peak <= memory * GB:
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):\n"
-                f"  {command(run.gpus, config, changed)}")
-    phase = max(best.peaks, key=best.peaks.get)
-    text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
+        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags(changed))} "
+                f"({host}):\n  {command(run, config, changed)}")
+    tried, phase = " ".join(flags(changed)) or "any flag", max(best.peaks, key=best.peaks.get)
+    text += f"Nor with {tried}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
             and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
     return text + (f" --train {' or --train '.join(less)} would." if less else
