@@ -54,7 +54,7 @@ import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
-from scale import checkpoint, longrun, offload, plan, sharding, vision
+from scale import checkpoint, checks, longrun, offload, plan, sharding, vision
 from scale.build import build_models
 from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
@@ -85,12 +85,17 @@ class Config:
     data: str = option("", "training records, JSONL; empty for the toy world, made in data/toy")
     eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
     eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
+    before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
+                               low=0)
+    instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
     steps: int = option(275, "updates; 275 is the paper's main run", low=1)
     batch_size: int = option(128, "prompts an update", low=1)
     samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
                                      low=1)
-    sample_batch: int = option(32, "rows sampled at a time: bounds the key/value cache", low=1)
-    micro_batch_tokens: int = option(16384, "tokens, padding included, scored at a time", low=1)
+    sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
+                               low=0)
+    micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
+                                     low=0)
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut",
                                     low=1)
     max_new_tokens: int = option(4096, "response tokens", low=1)
@@ -99,7 +104,7 @@ class Config:
                           high=1)
     top_k: int = option(0, "sample from the k most likely, 0 for all", low=0)
     lr: float = option(1e-6, "learning rate of the model", low=0, high=1e6)
-    cue_lr: float = option(1e-4, "learning rate of the recovery module", low=0, high=1e6)
+    cue_lr: float = option(1e-4, "learning rate of the module and of LoRA", low=0, high=1e6)
     warmup: int = option(10, "steps until the full learning rate", low=0)
     final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)",
                              low=0, high=1)
@@ -110,13 +115,18 @@ class Config:
                         low=0)
     sink: str = option("first", "the token that asks the picture: first of the sequence (paper), "
                        "or last of the prompt, which has read the question", ("first", "last"))
-    train: str = option("all", "which weights: all, language (no vision tower), cue (the module)",
-                        ("all", "language", "cue"))
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    train: str = option("all", "which weights: all, language (no vision tower), lora (adapters and "
+                        "the module), cue (the module)", ("all", "language", "lora", "cue"))
+    lora_rank: int = option(16, "with --train lora", low=1)
+    lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
+    gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
+    score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
+                                   "with and without the hint: for one that no GPU holds whole")
     offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
-    max_pixels: int = option(0, "largest picture in pixels, 0 for the checkpoint's own", low=0)
+    max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
+                             low=0)
     seed: int = option(0, "of data order, sampling and the module's start", low=0)
     name: str = option("", "of the run's folder below runs/; empty for the time")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
@@ -138,7 +148,10 @@ class Config:
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
-           lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1)
+           lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
+           max_pixels=0, before_limit=0, instruction="")
+# What a setting meant before it had a name: for runs that were begun then.
+OLDER = dict(threads=0, before_limit=0, instruction="")
 
 
 def read_config(argv=None) -> tuple[Config, Path | None]:
@@ -168,7 +181,7 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
         path = Path(resume) / "args.json"
         if not path.exists():
             parser.error(f"{path} does not exist: is {resume} the folder of a run?")
-        typed = {**json.loads(path.read_text(encoding="utf-8")), **typed}
+        typed = {**OLDER, **json.loads(path.read_text(encoding="utf-8")), **typed}
     elif Path(typed.get("student", qwen.TINY)).resolve() == qwen.TINY:
         typed = {**TOY, **typed}
     config = Config(**typed)
@@ -324,6 +337,7 @@ class Scale:
     teach: Callable = teacher_states          # (teacher, groups, read) -> what teacher_states yields
     even_out: Callable | None = None          # makes the micro-batches of several ranks alike
     read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
+    halved: bool = False                      # a step ran out of memory before
 
 
 # ---------------------------------------------------------------------------- the run
@@ -333,18 +347,21 @@ def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
     config.data = config.data or str(toy.default() / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
     needs = () if config.privilege == "none" else (config.privilege,)
-    train = record_files.load(config.data, needs)
-    test = record_files.load(config.eval_data, needs)
-    # the teacher's prompt is the student's and a line more, so its length decides for both
-    fits = [processor.length(r, teaching.hint(r, config.privilege)) <= config.max_prompt_tokens
-            for r in train]
-    kept = [record for record, ok in zip(train, fits) if ok]
-    if not kept:
-        raise ValueError(f"{config.data}: no prompt fits in --max-prompt-tokens "
-                         f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
-    print(f"{len(kept)} training records from {config.data}"
-          + f", {len(train) - len(kept)} left out as longer than {config.max_prompt_tokens} tokens")
-    return kept, test[:config.eval_limit or None]
+    out = []
+    for path, limit, kind in ((config.data, None, "training"),
+                              (config.eval_data, config.eval_limit or None, "test")):
+        records = [{"instruction": config.instruction, **r}
+                   for r in record_files.load(path, needs)][:limit]
+        # the teacher's prompt is the student's and a line more, so its length decides for both
+        kept = [r for r in records if processor.length(r, teaching.hint(r, config.privilege))
+                <= config.max_prompt_tokens]
+        if not kept:
+            raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
+                             f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
+        print(f"{len(kept)} {kind} records from {path}, {len(records) - len(kept)} left out as "
+              f"longer than {config.max_prompt_tokens} tokens")
+        out.append(kept)
+    return tuple(out)
 
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
@@ -362,8 +379,8 @@ def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]
 def choose_weights(student, train: str) -> list:
     """Mark what is trained; returns [(name, parameter)], shared weights once."""
     for name, parameter in student.named_parameters():
-        cue = name.startswith("cue_recovery.")
-        parameter.requires_grad_(cue or train == "all"
+        added = name.startswith(("cue_recovery.", "lora."))
+        parameter.requires_grad_(added or train == "all"
                                  or (train == "language" and not name.startswith("model.visual.")))
     return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
 
@@ -408,7 +425,31 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
                                  batch_size=min(64, config.sample_batch),
                                  label=label if sharding.is_main() else "")
     rows = sharding.collect(rows)
-    return rows, evaluate.summarise(rows)
+    summary = evaluate.summarise(rows)
+    if summary["unparsed"] > 0.1:
+        tqdm.write(evaluate.unparsed_warning(rows))
+    return rows, summary
+
+
+def answer_gain(teacher, processor, test, config, scale) -> float:
+    """Nats per test record that the hint is worth to the teacher, without sampling a token:
+    log p(answer | hint) - log p(answer), the answer read as "\\boxed{...}"."""
+    records = sharding.share(test)
+    prompts, hinted = read_prompts(processor, records, config.privilege)
+    responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
+    groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
+    if scale.even_out:
+        groups = scale.even_out(groups, prompts, hinted, responses)
+    read, gain = partial(response_states, processor, responses, scale.hidden), 0.0
+    told = [states for _, states, _ in scale.teach(teacher, groups, partial(read, hinted))]
+    for rows, plain, head in scale.teach(teacher, groups, partial(read, prompts)):
+        stats, hidden = {}, told.pop(0)
+        tokens = [t for row in rows for t in responses[row]]
+        with torch.no_grad():
+            distill_loss(plain, hidden, head, head, stats=stats,
+                         tokens=torch.tensor(tokens, dtype=torch.long, device=plain.device))
+        gain += float(stats["gap"].sum())
+    return sharding.total(gain) / len(test)
 
 
 def evaluate_before(student, teacher, processor, test, config, scale, folder) -> dict:
@@ -418,29 +459,55 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
                                 if path.exists() else None)
     if before:
         return before
+    everything, test = len(test), test[:config.before_limit or None]
     clock = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
     clock = time.perf_counter() - clock
     print("base     " + evaluate.line(base))
-    visit = offload.brought(teacher, student.device) if config.offload_teacher else nullcontext()
-    with visit, teaching.at_work(teacher):
-        _, taught = evaluate_on(teacher, processor, test, config, scale, config.privilege,
-                                "teacher, hinted")
-    print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
-    if config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02:
+    taught, useless = {}, False
+    if config.privilege != "none":
+        taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
+        print(f"the hint makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
+              f"teacher ({len(test[:64])} records, scored)")
+        useless = taught["answer_gain"] <= 0
+    if not config.score_privilege:
+        visit = offload.brought(teacher, student.device)
+        with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
+            taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
+                                  "teacher, hinted")[1]
+        print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
+        useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
+    if useless:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
               "little to learn. Look at the hints, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before | {"seconds": clock}
+    return before | {"seconds": clock * everything / len(test)}
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
-    """training_step on this process's share. Returns the metrics and an answer to each record."""
-    sums, rollout = training_step(
-        student, teacher, processor, sharding.share(records),
-        sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
+    """training_step on this process's share. Returns the metrics and an answer to each record.
+
+    Out of memory, rows and micro-batches are halved once and the step begins again: it draws the
+    same tokens, however it is cut.
+    """
+    def attempt():
+        return training_step(
+            student, teacher, processor, sharding.share(records),
+            sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
+
+    try:
+        done = attempt()
+    except torch.OutOfMemoryError:
+        if sharding.world > 1 or scale.halved:
+            raise
+        done = None           # what the failed step holds is freed only behind this block
+    if done is None:
+        scale.halved = True
+        checks.halve(config, student)
+        done = attempt()
+    sums, rollout = done
     answers = sharding.collect(decoded(rollout, processor.decode, config.samples_per_prompt))
     metrics = metrics_of(step + 1, sharding.gather(sums), sum(answers, []))
     return metrics, [responses[0]["response"] for responses in answers]
@@ -480,7 +547,8 @@ def finish(student, processor, test, config, scale, folder, before, started) -> 
     save(folder / "checkpoint")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
     lines = longrun.write_result(folder, config, models, save, time.time() - started, student)
-    print(evaluate.before_after(before["rows"], rows), evaluate.table(models), *lines, sep="\n")
+    shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
+    print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
 
 @sharding.peers()
@@ -500,9 +568,13 @@ def main(argv=None) -> None:
         if not resume and (folder / "args.json").exists():
             raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
                                   f"--resume {folder}")
-        student, teacher, processor = build_models(config)
-        with sharding.main_first():
+        with sharding.main_first():                  # what is cheap to know, before a weight is read
+            processor = checks.check_models(config)
             train, test = prepare_data(config, processor)
+        if sharding.is_main():
+            checks.check_memory(config)
+        config = sharding.from_main(config)
+        student, teacher, processor = build_models(config)
         weights = choose_weights(student, config.train)
         optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
                               steps=config.steps, final=config.final_lr, clip=config.clip,
@@ -524,6 +596,12 @@ def main(argv=None) -> None:
         train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
                    before)
         finish(student, processor, test, config, scale, folder, before, started)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"distill.py: out of memory with --sample-batch {config.sample_batch} "
+                         f"--micro-batch-tokens {config.micro_batch_tokens}; go on with less: "
+                         f"python distill.py --resume {folder} --sample-batch "
+                         f"{max(1, config.sample_batch // 2)} --micro-batch-tokens "
+                         f"{max(1, config.micro_batch_tokens // 2)}") from None
     except OSError as error:                      # a full disk: what was saved before is whole
         raise SystemExit(f"distill.py: {error}; when this is mended, go on with "
                          f"python distill.py --resume {folder}") from error

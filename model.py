@@ -1,4 +1,4 @@
-"""model.py - Qwen3-VL in and out: load a checkpoint, build prompts id by id, batch them, save.
+"""model.py - Qwen3-VL in and out: load a checkpoint, build prompts id by id, batch them.
 
 The idea.  Everything the method feeds to a Qwen3-VL is made here, by hand, from four files of the
 checkpoint's folder: config.json, tokenizer.json, preprocessor_config.json, generation_config.json.
@@ -6,7 +6,8 @@ A prompt is a list of token ids and, for each picture, a stack of flattened patc
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n
-    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\ninstruction][\\n[Hint]: hint]<|im_end|>\\n
+    <|vision_start|><|image_pad|> x n<|vision_end|>question[\\ninstruction]
+    [\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n[<think>\\n, where the checkpoint's own chat template ends so]
 
 In:  a record {"images": [paths or PIL images], "question": str} with, if it likes, "instruction"
@@ -19,10 +20,8 @@ patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the 
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
 tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja. What is wrong
-with a checkpoint shows before its weights are fetched:
-    check_placement(device, dtype, attention)       names that this machine knows
-    processor = Processor(find_folder(path, weights=False))      the checkpoint's small files
-    model, processor = load(path)                   does both first, then reads the weights
+with a checkpoint's small files shows before its weights are fetched:
+    processor = Processor(find_folder(path, weights=False))
 
 What differs from the class's own processor, and why:
 1) Text from a record can never become a control token. The stock tokenizer turns the string
@@ -39,11 +38,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -54,16 +51,13 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
+INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    # to be graded
 PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
                  "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}
-ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
-             "flash_attention_3": "flash_attn_interface"}      # name -> the package it needs
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "chat_template.json", "preprocessor_config.json", "processor_config.json",
                    "generation_config.json", "vocab.json", "merges.txt",
@@ -73,43 +67,6 @@ PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 # ---------------------------------------------------------------------------- load and save
-
-def check_placement(device=None, dtype=None,
-                    attention: str = "sdpa") -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that these names mean; ValueError for what cannot work on this machine.
-
-    device: default cuda if there is one, else cpu. dtype: default float32 on the CPU, bfloat16 on
-    an accelerator (an Apple GPU has it from macOS 14).
-    """
-    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available()}
-    name = str(device or ("cuda" if here["cuda"] else "cpu"))
-    if not re.fullmatch(r"(cpu|meta|mps|cuda)(:\d+)?", name):
-        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N, mps")
-    device = torch.device(name)
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not here[device.type] or (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device here "
-                         f"(it finds {', '.join(k for k in here if here[k] and k != 'meta')})")
-    if not dtype:
-        half = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
-        dtype = torch.bfloat16 if half and device.type != "cpu" else torch.float32
-    dtype = DTYPES.get(str(dtype).removeprefix("torch."), dtype)
-    if dtype not in DTYPES.values():
-        raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device.type == "mps" and dtype == torch.float64:
-        raise ValueError("--dtype float64: an Apple GPU (mps) has no such numbers, take float32")
-    if attention not in ATTENTION:
-        raise ValueError(f"--attention {attention!r} is none of {', '.join(ATTENTION)}")
-    package = ATTENTION[attention]
-    if package and not (here["cuda"] and find_spec(package)):
-        raise ValueError(f"--attention {attention} needs a CUDA GPU and the package {package}; "
-                         "sdpa needs neither")
-    if package and dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
-                         f"{str(dtype).removeprefix('torch.')}; sdpa does")
-    return device, dtype
-
 
 def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
@@ -145,20 +102,24 @@ def find_folder(path, weights: bool = True) -> Path:
             advice = "run again, what is there is kept and a cut file goes on where it was cut"
         reason = " ".join(str(error).split())[:160]
         raise ConnectionError(f"cannot get {path} from the hub: {advice}; or give a local folder, "
-                              f"as the tiny {TINY} ({type(error).__name__}: {reason})") from None
+                              f"the tiny default is {TINY} ({type(error).__name__}: {reason})"
+                              ) from None
 
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
          cue: bool = True):
     """A checkpoint folder or hub name -> (model in eval mode, Processor).
 
-    The model is transformers' Qwen3VLForConditionalGeneration or Qwen3VLMoeForConditionalGeneration.
-    dtype, device: see check_placement(). If the folder holds cue_recovery.safetensors the module is
+    The model is transformers' Qwen3VLForConditionalGeneration, or its Moe twin.
+    device: default cuda if there is one, else cpu. dtype: default float32 on a CPU, else bfloat16.
+    If the folder holds cue_recovery.safetensors the module is
     attached (`cue=False` leaves it out, as every teacher needs). Raises for another architecture,
     and for a checkpoint whose weights are not exactly the model's: one missing, one too many, one
     of another shape.
     """
-    device, dtype = check_placement(device, dtype, attention)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     processor = Processor(find_folder(path, weights=False), min_pixels, max_pixels)
     if device.type == "meta":       # shapes without numbers, which another process will send
         import transformers
@@ -180,7 +141,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
-def read_config(folder) -> dict:
+def model_config(folder) -> dict:
     """config.json of a checkpoint that load() can read; ValueError says what to do with others."""
     folder = Path(folder)
     adapter = folder / "adapter_config.json"
@@ -192,8 +153,10 @@ def read_config(folder) -> dict:
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, this project "
                          f"handles {' and '.join(map(repr, ARCHITECTURES))}")
-    quantised = _quantised(config)
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config")
     if quantised:
+        config["quantization_config"] = quantised
         from transformers.quantizers import AutoHfQuantizer
         try:
             AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
@@ -202,10 +165,6 @@ def read_config(folder) -> dict:
                              f") and cannot be read here: {' '.join(str(error).split())}; the "
                              "checkpoint without quantisation needs nothing more") from None
     return config
-
-
-def _quantised(config: dict) -> dict | None:
-    return config.get("quantization_config") or config["text_config"].get("quantization_config")
 
 
 def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attention: str):
@@ -218,9 +177,9 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
     if absent or not names:
         raise FileNotFoundError(f"{folder}: {len(absent)} of {len(names)} weight files are "
                                 f"missing: {absent[:5]}")
-    config = _read_json(folder / "config.json")
+    config = model_config(folder)
     # quantised weights go straight to their device: their kernels are chosen for it
-    there = {"device_map": {"": device}} if _quantised(config) else {}
+    there = {"device_map": {"": device}} if config.get("quantization_config") else {}
     try:
         # ignore: a wrong shape is to be reported below, by name, with the others
         model, info = getattr(transformers, ARCHITECTURES[config["model_type"]]).from_pretrained(
@@ -250,59 +209,6 @@ def quiet() -> None:
         enable_progress_bars()
 
 
-def save(model, processor: Processor, folder, notes: dict | None = None,
-         weights: dict | None = None, max_shard_size="5GB") -> None:
-    """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
-
-    The folder appears under its name only when whole: a kill leaves FOLDER.tmp, never half of it. A
-    kill between the two renames leaves FOLDER.old, the one before, which load() then reads.
-    notes: written beside the weights as evaluation.json. weights: a state dict to be written
-    instead of the model's own, as of a model cut over several GPUs. Weights beyond
-    `max_shard_size` go to several files with an index, as the published 8B has them. Raises
-    OSError when the disk is full.
-    """
-    folder = Path(folder)
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(model, processor, temporary, weights, max_shard_size)
-        if notes is not None:
-            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
-        mode = (temporary / "config.json").stat().st_mode
-        for path in temporary.iterdir():
-            path.chmod(mode)                # safetensors makes files that only their owner can read
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())     # the data must be on disk before the name is
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
-        raise OSError(f"cannot write {folder}: {error}") from error
-    # FOLDER.old goes only now: after a kill between the two renames it may be the last whole one
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(model, processor, folder: Path, weights: dict | None, max_shard_size) -> None:
-    weights = model.state_dict() if weights is None else weights
-    module = {name.removeprefix("cue_recovery."): tensor for name, tensor in weights.items()
-              if name.startswith("cue_recovery.")}
-    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict={
-        name: tensor for name, tensor in weights.items() if not name.startswith("cue_recovery.")})
-    if module:
-        model.cue_recovery.save(folder / CUE_FILE, module)
-    for name in PROCESSOR_FILES:
-        if (processor.folder / name).exists():
-            shutil.copyfile(processor.folder / name, folder / name)
-    # A student trained on pictures of one size is to be used on pictures of that size.
-    path, settings, pictures = _picture_settings(folder)
-    pictures["size"] = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
-    for other_name in ("min_pixels", "max_pixels"):
-        pictures.pop(other_name, None)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
     """The image processor's file, what it holds, and the settings in it.
 
@@ -317,32 +223,22 @@ def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
     return path, settings, settings
 
 
-def _chat_template(folder: Path) -> tuple[str, str | None]:
-    """(file, text) of the chat template of a checkpoint, searched as transformers does."""
-    if (folder / "chat_template.jinja").exists():
-        return "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _read_json(folder / name, missing={}).get("chat_template")
+def _answer_prefix(folder: Path) -> str:
+    """What the checkpoint's chat template puts between "<|im_start|>assistant\\n" and the answer:
+
+    nothing, or "<think>\\n" where the model reasons first. The template is only read, never
+    run; ValueError for one that is not understood, and nothing where there is none.
+    """
+    name, template = "chat_template.jinja", None
+    if (folder / name).exists():
+        template = (folder / name).read_text(encoding="utf-8")
+    for other in ("chat_template.json", "tokenizer_config.json"):   # in transformers' order
+        if not template:
+            name, template = other, _read_json(folder / other, missing={}).get("chat_template")
         if isinstance(template, list):      # several, each with a name
             template = {one["name"]: one["template"] for one in template}.get("default")
-        if template:
-            return name, template
-    return "", None
-
-
-def answer_prefix(template: str) -> str:
-    """What a chat template puts behind "<|im_start|>assistant\\n", where the answer begins.
-
-    That is nothing, or "<think>\\n" for the checkpoints that reason first. The template is only
-    read, so ValueError for one that is not understood:
-
-    >>> answer_prefix("<|im_start|><|im_end|><|vision_start|><|image_pad|><|vision_end|>"
-    ...               "{% if add_generation_prompt %}<|im_start|>assistant\\n<think>\\n{% endif %}")
-    '<think>\\n'
-    """
-    for mark in ("<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"):
-        if mark not in template:
-            raise ValueError(f"{mark} is not in it")
+    if not template:
+        return ""
     tail = template.rpartition("add_generation_prompt")[2].removesuffix("\n")
     # Jinja's rules for spaces, as transformers sets them: "-" eats those on its side, a block eats
     # the line's start before it and the line's end behind it.
@@ -355,8 +251,12 @@ def answer_prefix(template: str) -> str:
     tail = re.sub(r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""",
                   lambda literal: literal[2].replace("\\n", "\n"), tail)
     end = re.fullmatch(r" *%\}<\|im_start\|>assistant\n([^{}]*)\{% *endif *%\}", tail)
-    if end is None:
-        raise ValueError("it does not end in <|im_start|>assistant and a plain text")
+    marks = "<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
+    absent = [mark for mark in marks if mark not in template]
+    if absent or end is None:
+        what = f"lacks {absent}" if absent else "does not end in the assistant's header and a text"
+        raise ValueError(f"{folder / name}: this chat template {what}, so prompts would differ from"
+                         " the model's own. If it knows Qwen3-VL's template, put that in its place")
     return end[1]
 
 
@@ -399,15 +299,10 @@ class Processor:
 
     def __init__(self, folder, min_pixels: int | None = None, max_pixels: int | None = None):
         self.folder = Path(folder).absolute()    # save() copies from here, wherever it is called
-        config = read_config(self.folder)
+        config = model_config(self.folder)
         self._read_picture_settings(config["vision_config"], min_pixels, max_pixels)
         self._read_tokens(config)
-        name, template = _chat_template(self.folder)
-        try:
-            self.answer_prefix = answer_prefix(template) if template else ""
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name}: this is no chat template of Qwen3-VL: {error}. "
-                             "If the model knows Qwen3-VL's, put that into its place") from None
+        self.answer_prefix = _answer_prefix(self.folder)
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
         _, _, pictures = _picture_settings(self.folder)
@@ -521,6 +416,18 @@ class Processor:
                 for name, repeat in run:
                     ids += [self.control[name]] * repeat
         return ids
+
+    def write(self, folder: Path) -> None:
+        """Copy what was read into another folder, which then loads as this one does."""
+        for name in PROCESSOR_FILES:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        # a student trained on pictures of one size is to be used on pictures of that size
+        path, settings, pictures = _picture_settings(folder)
+        pictures["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        for other_name in ("min_pixels", "max_pixels"):
+            pictures.pop(other_name, None)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; control strings inside it stay text."""

@@ -18,25 +18,22 @@ The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits a
 and bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting
 the cumulative distribution at one uniform number per row and step:  first token with cdf > u.
 
-Two decoders.  The loop asks a small object for the logits; it has three methods: read prompts, one
-step, keep these rows. PlainDecoder below uses the model's own cache. scale/decoder.py has a faster
-one that draws the same tokens:  sample(model, batch, ..., decoder=FastDecoder).
-
-Use it alone: imports torch only; works with Qwen3-VL of transformers 5.4 and later.
+Two decoders.  What the loop needs of a model is three methods: read prompts, one step, keep these
+rows. PlainDecoder below has them on the model's own cache, so this file works alone (torch only;
+Qwen3-VL of transformers 5.4 and later). scale/decoder.py has a faster one, with the same tokens:
+sample(model, batch, ..., decoder=FastDecoder).
 
 Choices a reader may wonder about:
 1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
    tokens do not depend on when its neighbours stop, and a seed gives the same draws anywhere.
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
-3) Penalties look at generated tokens only, never at the prompt (vLLM's meaning of presence penalty;
-   transformers' repetition penalty would include the prompt).
-4) Decoding runs in inference mode, which makes every operation cheaper. The prefill does not, so
-   what a hook or a sharded model keeps from it are ordinary tensors.
-5) Every step calls the whole model, not its layers one by one, so hooks, adapters and sharding see
-   each step. A decoding step written out by hand would be faster at small sizes, and skip them all.
-6) The host waits for the device once a step: which rows stopped, and whether a logit was NaN, come
-   back together. Everything else the host needs to know, it counts itself.
+3) Penalties look at generated tokens only, never at the prompt (as vLLM's presence penalty does).
+4) Steps run in inference mode, where operations are cheaper. The prefill does not, so what a hook
+   or a sharded model keeps from it are ordinary tensors.
+5) A step calls the whole model, so that hooks, adapters and sharding see it. Written out layer by
+   layer it would be faster at small sizes, and skip them all.
+6) The host waits for the device once a step, to hear which rows stopped or are NaN.
 Left out: beam search, speculative decoding, contrastive anything.
 """
 from __future__ import annotations
@@ -77,7 +74,7 @@ class Rollout:
 
 
 class PlainDecoder:
-    """What the loop needs of a model, on the cache that the model's class makes itself."""
+    """What the loop needs of a model, on the cache that its class makes."""
     joins = False              # may read() add rows while others are running?
 
     def __init__(self, model):
@@ -86,8 +83,7 @@ class PlainDecoder:
             type(model).forward).parameters else "past_key_values"    # renamed in transformers 5.24
 
     def read(self, batch, K: int):
-        """Prefill B prompts and make K rows of each. Returns (B K, V): logits of the first tokens.
-        """
+        """Prefill B prompts, make K rows of each. Returns (B K, V): logits of the first tokens."""
         self.cache = None                                          # frees the last prompts' first
         self.cache, logits, self.mask, self.position = self.prefill(batch, K)
         if K > 1:
@@ -271,7 +267,7 @@ def _draw(logits, uniform, temperature, top_p, top_k):
     probs = logits.softmax(-1)
     if top_p < 1:
         # keep a token if the mass before it is below top_p: the most likely one always stays
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
         probs /= probs.sum(-1, keepdim=True)
     index = _invert_cdf(probs, uniform)                                             # (R, 1)
     tokens = index if order is None else order.gather(1, index)
@@ -281,14 +277,14 @@ def _draw(logits, uniform, temperature, top_p, top_k):
 def _invert_cdf(probs, uniform, block: int = 128):
     """(R, 1): the first index of probs (R, V) whose cumulative probability is above `uniform`.
 
-    Summed in float64: over 151,936 words, float32 would be off by more than a rare token's whole
-    mass. But as one finds a word in a dictionary, first the page and then the word: sums of 128 are
-    exact enough in float32; only the pages' sums and one page's words are added up in float64.
+    Over 151,936 words a float32 sum is off by more than a rare token's mass, and a float64 one is
+    slow. So, as in a dictionary, first the page and then the word: only the pages' sums (of 128
+    words each) and one page's words are added up in float64.
     """
     pages = pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
     cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
     target = (uniform * cdf[:, -1])[:, None]                                        # (R, 1)
-    # no number is above NaN: the clamps keep such a row inside the table, until it is refused
+    # searchsorted puts NaN behind the end: the clamps keep such a row legal until it is refused
     page = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
     before = pad(cdf, (1, 0)).gather(1, page)
     words = pages[torch.arange(len(pages), device=page.device), page[:, 0]]         # (R, 128)

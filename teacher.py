@@ -27,7 +27,7 @@ Choices a reader may wonder about
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -59,9 +59,15 @@ def freeze(model):
 def frozen_copy(student):
     """A frozen copy of the student as it is now, without the recovery module."""
     teacher = copy.deepcopy(student)
-    if getattr(teacher, "cue_recovery", None) is not None:
-        teacher.cue_recovery.detach()
+    for part in added(teacher):
+        part.detach()
     return freeze(teacher)
+
+
+def added(model) -> list:
+    """What was attached to a model and is trained beside it: the module, LoRA's adapters."""
+    parts = (getattr(model, name, None) for name in ("cue_recovery", "lora"))
+    return [part for part in parts if part is not None]
 
 
 @contextmanager
@@ -79,10 +85,13 @@ def eval_mode(model):
 def at_work(teacher):
     """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
 
-    A teacher may be the student itself, if only the student's module is trained: off with it.
+    A teacher may be the student itself, if only what was added to it is trained: that is off then.
     """
-    cue = getattr(teacher, "cue_recovery", None)
-    with eval_mode(teacher), torch.no_grad(), nullcontext() if cue is None else cue.off():
+    with ExitStack() as stack:
+        for part in added(teacher):
+            stack.enter_context(part.off())
+        stack.enter_context(eval_mode(teacher))
+        stack.enter_context(torch.no_grad())
         yield teacher
 
 

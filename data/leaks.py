@@ -93,7 +93,7 @@ def audit(cue: str, answer: str, question: str = "", options=None,
 # What parts rows and sentences, but for the stop of "Mr."; a row is a part with a bar in it.
 _PART = re.compile(r"(\n|;|(?<!\b[A-Z][a-z])[.!?:](?=\s|$))")
 _DANGLING = re.compile(r"""[,:=+(\[{-]$|\b(?:and|or|the|(?<!ed\ )an?|of|in|on|at|to|by|with|from|
-    for|than|is|are|was|were|has|have|its|their|that|which|between|labell?ed|marked|reads?|shows?)$|
+    for|than|is|are|was|were|has|have|its|their|that|which|between|labell?ed|marked|reads?)$|
     \bthe\ (?:side|angle|line|length|point|label|number|row|column)$""", re.X)
 _STOP = r"(?<![A-Z][a-z])(?<!Mrs)[.!?。…][\"'”’)\]}$*`]*"      # but not that of "Mr."
 
@@ -224,7 +224,7 @@ _LANGUAGE = {
     "formula": _any(r"""
         formula | reciprocal | (?:co)?sine of | tangent of (?:the )?angle
         (?:sin|cos|tan)(?-i: ?[(∠\dA-Zα-ω]) | area (?:=|is|equals) \w+ [×*/·÷] \w+
-        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w+"""),
+        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w"""),
     "solving step": _any(r"""
         (?:therefore|thus|hence|because|must)\b | since (?!\d{4})\w | so (?!that\b)
         it follows | impl(?:y|ies)\b | (?:which|that|this) means | (?:has|have) to be\b

@@ -11,37 +11,30 @@ from __future__ import annotations
 import cue_recovery
 import model as qwen
 import teacher as teaching
-from scale import sharding
+from scale import lora, sharding
+from scale.checks import check_placement
 
 
 def build_models(config):
     """Student (with the module), teacher (without), and the student's processor."""
-    if config.offload_teacher and config.teacher == "ema":
-        raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
-                         "stay beside the student")
     if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
         raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
                          "several, each holds its slice on its own GPU")
+    device, dtype = check_placement(config.device, config.dtype, config.attention)
     options = sharding.load_options(dict(
-        dtype=config.dtype or None, device=config.device or None, attention=config.attention,
+        dtype=dtype, device=device, attention=config.attention,
         min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None))
     student, processor = qwen.load(config.student, **options)
-    if config.teacher == "self" and config.train == "cue" and sharding.world == 1:
-        teacher = student        # its backbone stays as it is; the module is off while it teaches
+    if config.teacher == "self" and config.train in ("cue", "lora") and sharding.world == 1:
+        teacher = student        # its backbone stays as it is; what is added is off while it teaches
     elif config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
         if config.teacher == "ema":
             teacher = teacher.float()        # in bf16 an average would be rounded to where it was
     else:
         there = {"device": "cpu"} if config.offload_teacher else {}
-        teacher, other = qwen.load(config.teacher, cue=False,
-                                   **{**options, "dtype": student.dtype, **there})
-        teaching.check_same_vocabulary(processor.vocab, other.vocab, len(student.lm_head.weight),
-                                       len(teacher.lm_head.weight))
-        if (processor.patch, processor.merge) != (other.patch, other.merge):
-            raise ValueError(f"student and teacher cut pictures into patches of {processor.patch} "
-                             f"and {other.patch} pixels, so they cannot read the same prompt")
-        print(f"stop ids: student {sorted(processor.stop_ids)}, teacher {sorted(other.stop_ids)}")
+        teacher, _ = qwen.load(config.teacher, cue=False,
+                               **{**options, "dtype": student.dtype, **there})
         teaching.freeze(teacher)
     if config.offload_teacher and teacher is not student:
         teacher.to("cpu")
@@ -49,6 +42,8 @@ def build_models(config):
         depth = student.config.text_config.num_hidden_layers
         cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
                             sink=config.sink)
+    if config.train == "lora":
+        lora.attach(student, config.lora_rank, config.lora_alpha, config.seed)
     if config.gradient_checkpointing:
         # renamed in transformers 5.24, the old name warns
         getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()

@@ -16,6 +16,7 @@ The one equation.  Bytes that one decoder layer keeps for backward, a token (b b
 if the layer is trained, else 0, since a frozen matrix needs no input to make a gradient):
     2 D (4 + 2w)  +  A (4 + w + b)  +  K (4 + w)  +  (A + 2 K) b  +  F (3b + w)
     the norms        queries           keys          attention      feed-forward
+A mixture of experts holds them all; a token passes k of them, and its state is copied k times.
 
 Run it:  python distill.py --student Qwen/Qwen3-VL-2B-Instruct --plan --gpu-memory 24
 Use it alone: imports nothing but the standard library (a hub name that is not in its table asks
@@ -35,12 +36,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# Dimension letters: D hidden, F feed-forward, A all query heads together, K all key heads together,
-# V vocabulary, n tokens of a micro-batch, R rows sampled at once, L tokens of a row (P prompt + T).
+# Dimension letters: D hidden, F feed-forward (all that a token passes), A all query heads together,
+# K all key heads together, V vocabulary, n tokens of a micro-batch, P tokens of a prompt,
+# E experts, k experts a token.
 
 GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
@@ -50,12 +53,16 @@ ROOM, JOIN = 128, 8          # columns the cache grows by (decoder.py), free pla
 GROUP = 4                    # batches of an evaluation whose prompts wait: evaluate.py's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# hidden, layers, heads, ff, tied head | vision: depth, hidden, ff, DeepStack after these layers
+# hidden, layers, heads, key heads, ff, tied head, (experts, of a token, ff of one)
+# | vision: depth, hidden, ff, DeepStack after these layers. Instruct and Thinking are alike.
+SMALL, LARGE = (24, 1024, 4096, [5, 11, 17]), (27, 1152, 4304, [8, 16, 24])
 PUBLISHED = {
-    "Qwen/Qwen3-VL-2B": ((2048, 28, 16, 6144, True), (24, 1024, 4096, [5, 11, 17])),
-    "Qwen/Qwen3-VL-4B": ((2560, 36, 32, 9728, True), (24, 1024, 4096, [5, 11, 17])),
-    "Qwen/Qwen3-VL-8B": ((4096, 36, 32, 12288, False), (27, 1152, 4304, [8, 16, 24])),
-    "Qwen/Qwen3-VL-32B": ((5120, 64, 64, 25600, False), (27, 1152, 4304, [8, 16, 24])),
+    "Qwen/Qwen3-VL-2B": ((2048, 28, 16, 8, 6144, True, None), SMALL),
+    "Qwen/Qwen3-VL-4B": ((2560, 36, 32, 8, 9728, True, None), SMALL),
+    "Qwen/Qwen3-VL-8B": ((4096, 36, 32, 8, 12288, False, None), LARGE),
+    "Qwen/Qwen3-VL-32B": ((5120, 64, 64, 8, 25600, False, None), LARGE),
+    "Qwen/Qwen3-VL-30B-A3B": ((2048, 48, 32, 4, 6144, False, (128, 8, 768)), LARGE),
+    "Qwen/Qwen3-VL-235B-A22B": ((4096, 94, 64, 4, 12288, False, (128, 8, 1536)), LARGE),
 }
 
 
@@ -66,13 +73,17 @@ def published(name: str) -> dict | None:
     name = name.removesuffix("-Instruct").removesuffix("-Thinking")
     if name not in PUBLISHED:
         return None
-    (hidden, layers, heads, ff, tied), (depth, width, vision_ff, deepstack) = PUBLISHED[name]
+    language, (depth, width, vision_ff, deepstack) = PUBLISHED[name]
+    hidden, layers, heads, keys, ff, tied, experts = language
+    routed = {} if experts is None else {
+        **dict(zip(("num_experts", "num_experts_per_tok", "moe_intermediate_size"), experts)),
+        "decoder_sparse_step": 1, "mlp_only_layers": []}
     return {
-        "model_type": "qwen3_vl", "tie_word_embeddings": tied,
+        "model_type": "qwen3_vl_moe" if experts else "qwen3_vl", "tie_word_embeddings": tied,
         "image_token_id": 151655, "video_token_id": 151656,
         "text_config": {
             "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": ff,
+            "num_key_value_heads": keys, "head_dim": 128, "intermediate_size": ff, **routed,
             "vocab_size": 151936, "tie_word_embeddings": tied, "rope_theta": 5_000_000,
             "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
@@ -112,11 +123,16 @@ def read_config(name: str) -> tuple[dict, int, str]:
 def dimensions(config: dict) -> SimpleNamespace:
     """The letters above, and the same of the vision tower (v...), from a config.json."""
     text, vision = config["text_config"], config["vision_config"]
-    heads, d = text["num_attention_heads"], text["head_dim"]
+    heads, d, layers = text["num_attention_heads"], text["head_dim"], text["num_hidden_layers"]
+    experts = text.get("num_experts", text.get("num_local_experts", 0))    # transformers 5's name
+    only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
+    routed = sum(n not in only and (n + 1) % step == 0 for n in range(layers)) if experts else 0
+    k, wide = (text["num_experts_per_tok"], text["moe_intermediate_size"]) if routed else (0, 0)
+    dense = text["intermediate_size"] if routed < layers else 0
     return SimpleNamespace(
-        D=text["hidden_size"], F=text["intermediate_size"], V=text["vocab_size"], d=d, heads=heads,
-        A=heads * d, K=text["num_key_value_heads"] * d, layers=text["num_hidden_layers"],
-        vheads=vision["num_heads"],
+        D=text["hidden_size"], F=max(dense, k * wide), V=text["vocab_size"], d=d, heads=heads,
+        A=heads * d, K=text["num_key_value_heads"] * d, layers=layers,
+        E=experts, k=k, routed=routed, dense=dense, wide=wide, vheads=vision["num_heads"],
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
         vD=vision["hidden_size"], vF=vision["intermediate_size"], depth=vision["depth"],
         positions=vision["num_position_embeddings"], out=vision["out_hidden_size"],
@@ -128,13 +144,16 @@ def dimensions(config: dict) -> SimpleNamespace:
 
 def count(m) -> SimpleNamespace:
     """Numbers in each part of the model: one layer, embedding, head, vision, total."""
-    layer = 2 * m.A * m.D + 2 * m.K * m.D + 3 * m.D * m.F + 2 * m.d + 2 * m.D
+    attention = 2 * m.A * m.D + 2 * m.K * m.D + 2 * m.d + 2 * m.D           # and the norms
+    dense, experts = 3 * m.D * m.dense, m.E * (3 * m.D * m.wide + m.D)      # and their router
+    layer = attention + max(dense, experts)
     embedding, head = m.V * m.D, 0 if m.tied else m.V * m.D
     block = 4 * m.vD**2 + 2 * m.vD * m.vF + m.vF + 9 * m.vD
     wide = m.merge**2 * m.vD                          # one visual token's patches, side by side
     vision = (m.vD * (m.pixels + 1) + m.positions * m.vD + m.depth * block
               + m.mergers * (wide**2 + wide + m.out * wide + m.out + 2 * wide) - 2 * (wide - m.vD))
-    language = m.layers * layer + m.D + embedding + head
+    language = (m.layers * attention + (m.layers - m.routed) * dense + m.routed * experts
+                + m.D + embedding + head)
     return SimpleNamespace(layer=layer, embedding=embedding, head=head, vision=vision,
                            language=language, total=language + vision)
 
@@ -149,29 +168,40 @@ def module_size(m, every: int) -> tuple[int, int]:
     return blocks, blocks * (4 * m.D**2 + 2 * m.D)
 
 
+def adapters(m, rank: int) -> int:
+    """Numbers of the adapters beside one layer (lora.py); experts have none."""
+    attention = 2 * (m.D + m.A) + 2 * (m.D + m.K)
+    return rank * (attention + (3 * (m.D + m.dense) if m.dense else 0))
+
+
 # ---------------------------------------------------------------------------- activations
 
-def layer_keeps(m, b: int, trained: bool, row: int, attention: str) -> float:
+def layer_keeps(m, b: int, run, row: int) -> float:
     """Bytes a token that one decoder layer keeps for backward; row: tokens of a row, padded."""
-    w = b if trained else 0
-    norms = 2 * m.D * (4 + 2 * w)                     # computed in float32; output, and before gain
-    queries = m.A * (4 + w + b) + m.K * (4 + w)       # q_norm, k_norm, and q after rotation
+    w = 0 if run.train == "cue" else b                # the input of a matrix that learns, or its A
+    f = 0 if run.frozen() and m.k else w              # of one in the feed-forward
+    g = 0 if run.frozen() else b                      # of a gain that learns
+    norms = m.D * (8 + w + f + 2 * g)                 # computed in float32; output, and before gain
+    queries = m.A * (4 + g + b) + m.K * (4 + g)       # q_norm, k_norm, and q after rotation
     core = 2 * m.K * b + m.A * b + 4 * m.heads        # keys, values, and the result
-    if attention == "eager":                          # repeated for all heads; softmax in float32
+    if run.attention == "eager":                      # repeated for all heads; softmax in float32
         core = 3 * m.A * b + m.heads * row * (4 + (b if b < 4 else 0))
-    return norms + queries + core + m.F * (3 * b + w)
+    experts = m.k * (m.D * (b + f) + 40) + 4 * m.E    # results, copies, where from; the router's
+    thin = (7 if m.dense else 4) * run.lora_rank * b if run.train == "lora" else 0      # A x
+    return norms + queries + core + m.F * (3 * b + f) + experts + thin
 
 
 def layer_works(m, b: int, row: int, attention: str, padded: bool) -> float:
     """Bytes a token while one decoder layer runs without gradients; padded: with a mask."""
     scores = {"eager": m.heads * row * (8 + b), "sdpa": padded * row * (1 + b)}.get(attention, 0)
-    return max(2 * m.D * b + 3 * m.F * b, m.D * (b + 12),
+    inner = 3 * m.F if not m.k else max(4 * m.F + m.k * m.D, 4 * m.k * m.D)
+    return max(2 * m.D * b + inner * b, m.D * (b + 12),
                b * (m.D + 5 * m.A + 2 * m.K) + 8 * m.A) + scores
 
 
 def layer_returns(m, b: int) -> float:
     """Bytes a token of gradients while backward goes through one decoder layer."""
-    return 3 * m.F * b + m.D * (2 * b + 8)
+    return (3 * m.F + 2 * m.k * m.D) * b + m.D * (2 * b + 8)
 
 
 def block_keeps(m, b: int, picture: int, attention: str) -> float:
@@ -200,8 +230,8 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
     `row`; `pictures` of `picture` patches each. What is handed to the model for them (pixels or
     features) is not among these bytes.
     """
-    w, patches = (0 if run.train == "cue" else b), pictures * picture
-    layer = layer_keeps(m, b, run.train != "cue", row, run.attention)
+    w, patches = (0 if run.frozen() else b), pictures * picture
+    layer = layer_keeps(m, b, run, row)
     block = block_keeps(m, b, picture, run.attention)
     # a module that alone is trained needs no gradient from before its first block
     layers = m.layers - (run.train == "cue")
@@ -226,6 +256,7 @@ def learning(m, b: int, run, n: int, pictures: int, picture: int, row: int) -> t
 class Run:
     """What the plan needs of the settings (distill.Config has fields of the same names)."""
     train: str = "all"
+    lora_rank: int = 16
     teacher: str = "self"
     dtype: str = "bfloat16"
     device: str = "cuda"
@@ -242,15 +273,20 @@ class Run:
     gradient_checkpointing: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
+    score_privilege: bool = False
     gpus: int = 1
 
     def reads_once(self) -> bool:
         """vision.py: both towers are one frozen tower, which reads each picture before the step."""
         return self.train != "all" and self.teacher == "self" and self.gpus == 1
 
+    def frozen(self) -> bool:
+        """No weight of the backbone learns."""
+        return self.train in ("cue", "lora")
+
     def shares(self) -> bool:
-        """The teacher is the student, with its module off."""
-        return self.train == "cue" and self.teacher == "self" and self.gpus == 1
+        """The teacher is the student, with its module and adapters off."""
+        return self.frozen() and self.teacher == "self" and self.gpus == 1
 
     def picture(self, m, most: int) -> tuple[int, float, float]:
         """Of the pictures of a prompt: patches, bytes of their pixels, bytes of their features."""
@@ -279,76 +315,110 @@ class Plan:
 
 def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
     """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
-    m, t, N, b = dimensions(student), dimensions(teacher or student), run.gpus, DTYPES[run.dtype]
-    c, u = count(m), count(t)
-    patches, pixels, features = run.picture(m, most)
-    handed = features if run.reads_once() else pixels     # to the model, for a prompt's pictures
-    prompts = -(-run.batch_size // N)                 # of one GPU, as all that follows
-
-    # 1) what is held: weights in b bytes; masters, moments and the update's gradients in float32
-    cue = module_size(m, run.every)[1] if run.cue_recovery else 0
-    trained = cue + {"all": c.total, "language": c.language, "cue": 0}[run.train]
-    tb = 4 if run.teacher == "ema" else b             # an average is kept in float32
-    weights, teach = b * (c.total + cue) / N, 0 if run.shares() else tb * u.total / N
-    states = (8 if b == 4 and not run.offload_optimizer else 12) * trained / N
-    gradients, exact = b * trained / N, 4 * trained / N
-    always = weights + (0 if run.offload_teacher else teach)
-    always += 0 if run.offload_optimizer else states
-
-    # 2) sample, and before the first step evaluate; each of several GPUs has the whole model then
-    whole, whole_teacher = (0, 0) if N == 1 else (b * (c.total + cue), tb * u.total)
-    cache, sampling = sampling_works(run, m, b, prompts, most)
-    evaluation = replace(run, samples_per_prompt=1, train="all",
-                         sample_batch=min(64, run.sample_batch))
-    _, evaluating = sampling_works(evaluation, t, tb, GROUP * evaluation.sample_batch, most)
-
-    # 3) teach and learn, micro-batch by micro-batch. FSDP2 gathers a layer while the one before
-    # computes; what belongs to the root (embedding, head, module) stays gathered meanwhile
-    row, batch = run.max_prompt_tokens + run.max_new_tokens, prompts * run.samples_per_prompt
-    n = min(max(run.micro_batch_tokens, row), batch * row)
-    rows = max(1, min(n // run.max_prompt_tokens, batch))
-    root = c.embedding + c.head + cue
-    around = adding = 0
-    if N > 1:
-        around = (b * root + tb * (u.embedding + u.head) + 2 * max(b * c.layer, tb * u.layer))
-        # gradients are added up over the GPUs in float32, before they are cut
-        adding = (b + 4) * max(c.layer, root if run.train != "cue" else cue)
-    elif run.offload_teacher and not run.shares():
-        around = tb * t.V * t.D                       # its head comes along for the whole step
-    reading = n * layer_works(t, tb, row, run.attention, False)
-    if not run.reads_once():
-        reading = max(reading, rows * patches * (block_works(t, tb, patches, run.attention)
-                                                 + tb * t.pixels))
-    kept, graph = learning_works(run, m, b, n, rows, patches, row)
-    # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
-    earlier = gradients if batch * row > n else 0
-
-    peaks = {"evaluate": (always - (0 if run.offload_optimizer else 8 * trained / N) + whole_teacher
-                          + (teach if run.offload_teacher else 0) + evaluating),
-             "sample": always + whole + sampling,
-             # an offloaded teacher reads everything before the first gradient is there
-             "teach": (always + around + reading + rows * handed
-                       + (teach if run.offload_teacher else earlier)),
-             "learn": always + around + adding + earlier + graph + rows * handed,
-             "update": always + (gradients if run.offload_optimizer else exact)}
-    host = {"pictures of the batch": prompts * max(pixels, handed)}
+    z = sizes(run, student, teacher or student, most)
+    peaks = {phase.__name__: phase(run, z) for phase in (evaluate, sample, teach, learn, update)}
+    host = {"pictures of the batch": z.prompts * max(z.pixels, z.handed)}
     if run.offload_optimizer:
-        host["optimizer"] = states + exact
-    if run.offload_teacher and not run.shares():      # and what it said, until the student's turn
-        host["teacher"] = teach + batch * run.max_new_tokens * t.D * tb
+        host["optimizer"] = z.optimizer + z.exact_gradients
+    if run.offload_teacher and not run.shares():      # and its hidden states, until they are needed
+        host["teacher"] = z.teacher + z.responses * run.max_new_tokens * z.t.D * z.tb
     if run.device == "cpu":                           # one memory for all
-        rest = sum(host.values()) - host["pictures of the batch"] + prompts * handed
+        rest = sum(host.values()) - host["pictures of the batch"] + z.prompts * z.handed
         peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
-    parts = {"student's weights": weights, "teacher's weights": teach, "gradients": gradients,
-             "optimizer": states, "key/value cache": cache, "activations kept": kept,
-             "logits, loss, backward": graph - kept}
-    return Plan({"student": c.total, "of it vision": c.vision, "module": cue, "trained": trained,
-                 "teacher": 0 if run.shares() else u.total}, parts, peaks, host)
+    parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
+             "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
+             "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
+    numbers = {"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
+               **({"adapters": z.added - z.module} if z.lora else {}), "trained": z.trained,
+               "teacher": 0 if run.shares() else z.u.total}
+    return Plan(numbers, parts, peaks, host)
 
 
-def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
+def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
+    """What the phases add up: bytes on one GPU, and the numbers of prompts and tokens."""
+    m, t, N, b = dimensions(student), dimensions(teacher), run.gpus, DTYPES[run.dtype]
+    z = SimpleNamespace(m=m, t=t, c=count(m), u=count(t), b=b, most=most)
+    z.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
+    z.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
+    z.responses = z.prompts * run.samples_per_prompt
+    z.patches, z.pixels, features = run.picture(m, most)
+    z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
+    # held all the time: weights in b bytes; masters and moments in float32
+    z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
+    z.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
+    z.added = z.module + m.layers * z.lora
+    z.trained = z.added + {"all": z.c.total, "language": z.c.language}.get(run.train, 0)
+    z.weights = b * (z.c.total + z.added) / N
+    z.teacher = 0 if run.shares() else z.tb * z.u.total / N
+    z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
+    z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
+    z.resting_teacher = 0 if run.offload_teacher else z.teacher
+    z.always = z.weights + z.resting_teacher + (0 if run.offload_optimizer else z.optimizer)
+    # a micro-batch: n tokens, in rows of `row`
+    z.row = run.max_prompt_tokens + run.max_new_tokens
+    z.n = min(max(run.micro_batch_tokens, z.row), z.responses * z.row)
+    z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
+    # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
+    z.earlier = z.gradients if z.responses * z.row > z.n else 0
+    # FSDP2 gathers a layer while the one before computes; the root's (embedding, head, module,
+    # adapters) stay gathered. An offloaded teacher's head stays for the whole step
+    z.root, z.gathered = z.c.embedding + z.c.head + z.added, 0
+    if N > 1:
+        z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
+                      + 2 * max(b * z.c.layer, z.tb * z.u.layer))
+    elif run.offload_teacher and not run.shares():
+        z.gathered = z.tb * t.V * t.D
+    z.cache, z.sampling = sampling(run, m, b, z.prompts, most)
+    z.kept, z.graph = learning_with_loss(run, z)
+    return z
+
+
+def evaluate(run: Run, z) -> float:
+    """Before the first step, without moments: the base answers, then the hinted teacher, unless it
+    only scores. Each of several GPUs has the whole of the model that answers."""
+    alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
+    resting = z.always - (0 if run.offload_optimizer else 8 * z.trained / run.gpus)
+
+    def answering(m, b: int, numbers: int) -> float:
+        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, z.most)
+        return resting + generating + (b * numbers if run.gpus > 1 else 0)
+
+    base = answering(z.m, z.b, z.c.total + z.module)
+    if run.score_privilege:
+        return base
+    return max(base, answering(z.t, z.tb, z.u.total) + z.teacher - z.resting_teacher)
+
+
+def sample(run: Run, z) -> float:
+    """Each of several GPUs has the whole student."""
+    whole = z.b * (z.c.total + z.added) if run.gpus > 1 else 0
+    return z.always + whole + z.sampling
+
+
+def teach(run: Run, z) -> float:
+    """The teacher reads a micro-batch. Offloaded, it reads all before the first gradient."""
+    reading = z.n * layer_works(z.t, z.tb, z.row, run.attention, False)
+    if not run.reads_once():
+        block = block_works(z.t, z.tb, z.patches, run.attention)
+        reading = max(reading, z.rows * z.patches * (block + z.tb * z.t.pixels))
+    beside = z.teacher if run.offload_teacher else z.earlier
+    return z.always + z.gathered + reading + z.rows * z.handed + beside
+
+
+def learn(run: Run, z) -> float:
+    """Forward and backward of a micro-batch. Gradients of several GPUs add up in float32."""
+    largest = max(z.c.layer, z.added if run.frozen() else z.root)
+    adding = (z.b + 4) * largest if run.gpus > 1 else 0
+    return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
+
+
+def update(run: Run, z) -> float:
+    return z.always + (z.gradients if run.offload_optimizer else z.exact_gradients)
+
+
+def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
     """(bytes of the key/value cache, the most that sampling needs, the cache included)."""
     K, P = run.samples_per_prompt, run.max_prompt_tokens
     patches, pixels, features = run.picture(m, most)
@@ -367,11 +437,12 @@ def sampling_works(run: Run, m, b: int, prompts: int, most: int) -> tuple[float,
     return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 
-def learning_works(run: Run, m, b: int, n: int, rows: int, picture: int, row: int):
+def learning_with_loss(run: Run, z) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
-    kept, backward = learning(m, b, run, n, rows, picture, row)
-    head = m.V * m.D if run.train != "cue" else 0
-    chunk = min(CHUNK, rows * run.max_new_tokens)
+    b, m = z.b, z.m
+    kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
+    head = 0 if run.frozen() else m.V * m.D
+    chunk = min(CHUNK, z.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers
@@ -388,6 +459,8 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     while size > 1:
         size //= 2
         out.append((f"--sample-batch {size}", {"sample_batch": size}))
+    if run.gpus > 1 and run.teacher not in ("self", "ema") and not run.score_privilege:
+        out.append(("--score-privilege", {"score_privilege": True}))
     if not run.gradient_checkpointing:
         out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
     tokens = run.micro_batch_tokens
@@ -403,11 +476,11 @@ def changes(run: Run) -> list[tuple[str, dict]]:
     return out
 
 
-def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
-    """Flags that bring the peak below `memory` bytes, as few as found, and the plan with them.
+def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan, dict]:
+    """Flags that bring the peak below `memory` bytes, as few as found; the plan with them, which
+    says whether it fits; and the settings they change.
 
-    Greedy: takes what lowers the peak until it fits, then gives back what was not needed. The plan
-    says whether it fits.
+    Greedy: takes what lowers the peak until it fits, then gives back what was not needed.
     """
     taken, best = {}, plan(run, *models)
     options = changes(run)
@@ -427,24 +500,69 @@ def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan]:
         now = plan(replace(run, **merge(rest)), *models)
         if now.peak <= memory:
             taken, best = rest, now
-    return [flag for flag, _ in taken.values()], best
+    return [flag for flag, _ in taken.values()], best, merge(taken)
 
 
 def merge(taken: dict) -> dict:
     return {name: value for _, change in taken.values() for name, value in change.items()}
 
 
-def report(config) -> str:
-    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
-    shape cannot be had."""
-    run, memory = from_settings(config), config.gpu_memory
-    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
-        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+def read_models(config) -> tuple[tuple, str, str]:
+    """(what plan() takes of both models, where the student's shape is from, and the teacher's)."""
     student, most, where = read_config(config.student)
     teacher, there = None, ""
     if config.teacher not in ("self", "ema"):
         teacher, _, there = read_config(config.teacher)
-    models = (student, teacher, most)
+    return (student, teacher, most), where, there
+
+
+def choose_sizes(config, memory: float) -> None:
+    """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
+
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
+    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    """
+    free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
+    run = from_settings(config)
+    if memory and free:
+        models, _, _ = read_models(config)
+        row = run.max_prompt_tokens + run.max_new_tokens
+        sizes = {"micro_batch_tokens": (32768, 24576, 16384, 12288, 8192, row),
+                 "sample_batch": (128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)}
+        run = replace(run, **{name: sizes[name][-1] for name in free})
+        scores = replace(run, score_privilege=True)
+        if (run.gpus > 1 and run.teacher not in ("self", "ema")
+                and plan(run, *models).peak > 0.9 * memory * GB >= plan(scores, *models).peak):
+            run, config.score_privilege = scores, True
+        for name in reversed(free):          # the micro-batch first: it decides the longest phase
+            for size in sizes[name]:
+                tried = replace(run, **{name: size})
+                if size >= row * (name != "sample_batch") and (
+                        plan(tried, *models).peak <= 0.9 * memory * GB):
+                    run = tried
+                    break
+    config.sample_batch, config.micro_batch_tokens = run.sample_batch, run.micro_batch_tokens
+
+
+def fitted(config, memory: float) -> tuple:
+    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say of them).
+    """
+    sized = replace(config)
+    choose_sizes(sized, memory)
+    run, (models, _, _) = from_settings(sized), read_models(sized)
+    return verdict(run, plan(run, *models), memory, models, config, sized)
+
+
+def report(config) -> str:
+    """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
+    shape cannot be had."""
+    asked, config, memory = config, replace(config), config.gpu_memory
+    choose_sizes(config, memory)
+    run = from_settings(config)
+    if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
+        raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
+    models, where, there = read_models(config)
+    student, _, most = models
     made = plan(run, *models)
     m = dimensions(student)
     lines = [f"student {config.student}: shape from {where}"]
@@ -464,26 +582,51 @@ def report(config) -> str:
         lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
                      f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
     if memory:
-        lines += ["", verdict(run, made, memory, models)]
+        lines += ["", verdict(run, made, memory, models, asked, config)[1]]
     return "\n".join(lines)
 
 
-def verdict(run: Run, made: Plan, memory: float, models) -> str:
-    """Whether the run fits, and the flags that make it fit."""
-    size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
-    if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB"
-    flags, best = make_fit(run, memory * GB, *models)
+def command(gpus: int, config) -> str:
+    """The whole command line of a run: what differs from the defaults."""
+    words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
+    words.append("distill.py")
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
+            continue
+        flag = setting.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
+    """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
+
+    asked: the settings as typed; sized: with the sizes that choose_sizes found.
+    """
+    size = f"{memory:.3g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
+    # sizes that are chosen here leave some room
+    room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
+    if made.peak <= room:
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, sized)}"
+    flags, best, changed = make_fit(run, room, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
-    if best.peak <= memory * GB:
+    if best.peak <= room:
+        sized = replace(asked, **changed)             # with these flags there may be room for more
+        choose_sizes(sized, memory)
+        best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return text + f"It does, in {best.peak / GB:.1f} GB, with\n  {' '.join(flags)}\n  ({host})"
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):"
+                       f"\n  {command(run.gpus, sized)}")
     phase = max(best.peaks, key=best.peaks.get)
     text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
-            and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
-    return text + (f" --train {' or --train '.join(less)} would." if less else
-                   " A smaller model, shorter --max-new-tokens or more GPUs would.")
+            and make_fit(replace(run, train=train), room, *models)[1].peak <= room]
+    return sized, text + (f" --train {' or --train '.join(less)} would." if less else
+                          " A smaller model, shorter --max-new-tokens or more GPUs would.")
 
 
 def from_settings(config) -> Run:
@@ -493,4 +636,6 @@ def from_settings(config) -> Run:
     values["device"] = config.device or "cuda"
     values["gpus"] = config.gpus or int(os.environ.get("WORLD_SIZE", 1))
     values["dtype"] = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    values["sample_batch"] = config.sample_batch or Run.sample_batch
+    values["micro_batch_tokens"] = config.micro_batch_tokens or Run.micro_batch_tokens
     return Run(**values)

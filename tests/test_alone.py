@@ -23,6 +23,8 @@ ALONE = {
     "scale/optimizer.py": "Optimizer([('w', torch.nn.Parameter(torch.ones(2)))], lr=1, cue_lr=1, "
                           "warmup=1, steps=1, final=1, clip=1).step(0)",
     "scale/checkpoint.py": "write_json('x.json', 1)",
+    "scale/lora.py": "Adapter(nn.Linear(4, 3), 'x', 2, None, SimpleNamespace(off=False, scale=1.0))"
+                     ".add(None, [torch.ones(1, 4)], torch.ones(1, 3))",
     "scale/plan.py": "plan(Run(), published('Qwen/Qwen3-VL-2B'))",
     "scale/sharding.py": "gather(1)",
     "scale/vision.py": "read_once([], SimpleNamespace(model=SimpleNamespace(visual="
@@ -107,7 +109,8 @@ ROOMS = ("data", "benchmarks", "scale", "analysis")
 # Every file below may import from the rooms and files before it in this list, and its own room.
 FLOORS = [("model", "cue_recovery", "teacher", "rollout", "loss", "benchmarks.counting",
            "benchmarks.grade", "benchmarks.readers", "benchmarks.scores", "data"),
-          ("scale",), ("evaluate",), ("distill",), ("analysis", "benchmarks.run", "data.cues")]
+          ("scale",), ("evaluate",), ("distill",),
+          ("analysis", "benchmarks.run", "data.cues", "data.make_tiny")]
 
 
 def ours():

@@ -49,8 +49,8 @@ TABLE = "Name | Number of blocks\nGarrett | 19\nJason | 14\nMs. Lee | 1, 2, 4"
     "The table reads: Name, Number of blocks; Garrett, 19; Jason, 14.",
     "Garrett: 19; Jason: 14; Quincy: -4."])
 def test_a_table_that_holds_the_answer_is_evidence(cue):
-    """98 of 1,000 TabMWP tables were called leaks: the answer to "who?" is one of the cells. What is
-    said beside the table is still read."""
+    """98 of 1,000 TabMWP tables were called leaks: the answer to "who?" is one of the cells.
+    What is said beside the table is still read."""
     for question, answer in (("Who lives the closest to school?", "Jason"),
                              ("How many people are there?", "4")):
         assert leaks.audit(cue, answer, question) == []

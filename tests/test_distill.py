@@ -19,6 +19,7 @@ import distill
 import evaluate
 import model as qwen
 import teacher as teaching
+from analysis import compare, report
 from conftest import ROOT
 from rollout import sample
 
@@ -488,3 +489,59 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     step = {"step": 4, "sample_seconds": 10.0, "score_seconds": 20.0}
     assert log.time_left(step) == "05:00"              # six steps, one evaluation amid and one last
     assert log.time_left({**step, "step": 10}) == "01:00"
+
+
+def test_adapters_train_and_are_merged_into_the_checkpoint(toy_folder, tmp_path, monkeypatch):
+    """One backbone is both models; the checkpoint is a plain one, the adapters stand beside it."""
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "l", "--steps", "2", "--train", "lora", "--lora-rank", "2",
+                         "--gradient-checkpointing"))
+    folder = tmp_path / "runs" / "l" / "checkpoint"
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    student, _ = qwen.load(folder, device="cpu")
+    base, _ = qwen.load(qwen.TINY, device="cpu")
+    before, after = base.state_dict(), student.state_dict()
+    changed = {n for n, w in before.items() if not torch.equal(w, after[n])}
+    assert changed and all(n.rsplit(".", 2)[1].endswith("_proj") for n in changed)
+    assert not any(".visual." in n for n in changed) and not any("lora" in n for n in after)
+    whole = losses(tmp_path / "runs" / "l")
+    # a resumed run takes up adapters and moments
+    distill.main(command(toy_folder, "m", "--steps", "1", "--train", "lora", "--lora-rank", "2"))
+    distill.main(["--resume", "runs/m", "--steps", "2"])
+    assert losses(tmp_path / "runs" / "m")[0] == pytest.approx(whole[0])
+
+
+def test_half_the_rows_when_memory_runs_out_and_then_one_line(toy_folder, tmp_path, monkeypatch,
+                                                              capsys):
+    """The error came after both evaluations, as a traceback, and --resume refused smaller sizes."""
+    monkeypatch.chdir(tmp_path)
+    original, sizes = distill.training_step, []
+
+    def small_memory(*arguments):
+        sizes.append((arguments[5].sample_batch, arguments[5].micro_batch_tokens))
+        if len(sizes) in (2, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(*arguments)
+
+    distill.main(command(toy_folder, "plain", "--steps", "2"))
+    monkeypatch.setattr(distill, "training_step", small_memory)
+    arguments = command(toy_folder, "o", "--micro-batch-tokens", "1000")
+    with pytest.raises(SystemExit, match="--resume runs/o --sample-batch 1 --micro-batch-tokens 250"):
+        distill.main([*arguments, "--steps", "3"])
+    assert sizes == [(4, 1000), (4, 1000), (2, 500), (2, 500)]
+    assert "going on with --sample-batch 2" in capsys.readouterr().out
+    assert losses(tmp_path / "runs" / "o") == pytest.approx(losses(tmp_path / "runs" / "plain"),
+                                                            rel=1e-4)
+
+
+def test_a_privilege_can_be_measured_without_sampling(toy_folder, tmp_path, monkeypatch, capsys):
+    """Generating would need the whole 32B on every GPU; scoring the right answer needs a slice."""
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "p", "--steps", "1", "--score-privilege", "--privilege",
+                         "answer"))
+    before = json.loads((tmp_path / "runs" / "p" / "before.json").read_text())
+    assert before["teacher"].keys() == {"answer_gain"} and before["teacher"]["answer_gain"] > 1
+    out = capsys.readouterr().out
+    assert "| student" in out and "| teacher" not in out
+    report.main(["runs/p", "--records", "0"])
+    compare.main(["runs/p"])

@@ -1,4 +1,4 @@
-"""Fetching a checkpoint: a hub of our own on 127.0.0.1, and one process that asks it for everything.
+"""Fetching a checkpoint: a hub of our own on 127.0.0.1, and one process that asks it for all.
 
     OMP_NUM_THREADS=1 python -m pytest -q tests/test_hub.py
 

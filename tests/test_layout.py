@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cue_recovery
 import model as qwen
+from scale import checkpoint
 from scale import plan
 
 INSTRUCT = [f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "8B", "32B")]
@@ -133,7 +134,7 @@ def sharded(loaded, tmp_path_factory):
     model = in_bf16(narrow(INSTRUCT[1]))
     cue_recovery.attach(model)
     folder = tmp_path_factory.mktemp("layout") / "sharded"
-    qwen.save(model, loaded[1], folder, max_shard_size="300KB")
+    checkpoint.save_model(model, loaded[1], folder, max_shard_size="300KB")
     return folder
 
 
@@ -160,7 +161,7 @@ def test_sharded_bf16_round_trip(loaded, ragged, tmp_path, name):
     cue = cue_recovery.attach(model)
     for block in cue.blocks.values():
         torch.nn.init.normal_(block.output.weight, std=0.1)
-    qwen.save(model, loaded[1], tmp_path / "out", max_shard_size="300KB")
+    checkpoint.save_model(model, loaded[1], tmp_path / "out", max_shard_size="300KB")
     assert on_disk(tmp_path / "out") == (layout(config), {"BF16"})
     again, processor = qwen.load(tmp_path / "out", dtype="bfloat16", device="cpu")
     tied = again.lm_head.weight is again.get_input_embeddings().weight
@@ -237,7 +238,7 @@ def test_a_pickle_is_never_read(sharded, tmp_path):
         qwen.load(folder, device="cpu")
 
 
-# ---------------------------------------------------------------------------- folders as people have
+# ---------------------------------------------------------------------------- other layouts
 
 def tiny_folder(folder, sizes, nested=False):
     """The tiny checkpoint whose picture settings name sizes so; nested: as transformers 5 saves."""
@@ -275,7 +276,7 @@ def test_sizes_in_every_layout_load_and_are_saved(tiny, tmp_path, nested, sizes,
         size = kind.from_pretrained(tmp_path / "start").size
         assert (size["shortest_edge"], size["longest_edge"]) == (low, high)
     own = qwen.Processor(processor.folder, max_pixels=high + 5)
-    qwen.save(tiny[0], own, tmp_path / "out")
+    checkpoint.save_model(tiny[0], own, tmp_path / "out")
     again = qwen.load(tmp_path / "out", device="cpu")[1]
     assert (again.min_pixels, again.max_pixels) == (low, high + 5)
     assert (tmp_path / "out" / "preprocessor_config.json").exists() != nested
@@ -334,7 +335,7 @@ def experts(loaded, tmp_path_factory):
         transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids,
                                       tie_word_embeddings=False), dtype=torch.float32).eval()
     folder = tmp_path_factory.mktemp("experts") / "moe"
-    qwen.save(model, loaded[1], folder)
+    checkpoint.save_model(model, loaded[1], folder)
     return folder
 
 
@@ -351,7 +352,7 @@ def test_a_mixture_of_experts_round_trip(experts, ragged, tmp_path):
             torch.nn.init.normal_(block.output.weight, std=0.1)
         expected = model(**processor.batch(ragged)).logits
         assert torch.isfinite(expected).all() and not torch.equal(expected, base)
-        qwen.save(model, processor, tmp_path / "out")
+        checkpoint.save_model(model, processor, tmp_path / "out")
         again, _ = qwen.load(tmp_path / "out", device="cpu")
         assert torch.equal(again(**processor.batch(ragged)).logits, expected)
     stock = transformers.AutoModelForImageTextToText.from_pretrained(

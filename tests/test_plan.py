@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import weakref
 
 import pytest
@@ -16,12 +17,12 @@ import cue_recovery
 import distill
 import evaluate
 import model as qwen
-from scale import decoder, plan
+from scale import decoder, lora, plan
 import rollout
 from conftest import ROOT
 from loss import ROWS, distill_loss
 from scale.optimizer import Optimizer
-from test_layout import class_config, layout, narrow
+from test_layout import layout, narrow
 
 TINY = json.loads((qwen.TINY / "config.json").read_text())
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -31,9 +32,11 @@ def size_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("config", [*map(plan.published, plan.PUBLISHED), TINY,
-                                    narrow("Qwen/Qwen3-VL-8B")],
-                         ids=[*plan.PUBLISHED, "tiny", "narrow"])
+DENSE = [name for name in plan.PUBLISHED if "-A" not in name]
+
+
+@pytest.mark.parametrize("config", [*map(plan.published, DENSE), TINY, narrow("Qwen/Qwen3-VL-8B")],
+                         ids=[*DENSE, "tiny", "narrow"])
 def test_counts_are_those_of_the_layout(config):
     """test_layout.py compares that layout with the class."""
     sizes = {name: torch.Size(shape).numel() for name, shape in layout(config).items()}
@@ -41,6 +44,35 @@ def test_counts_are_those_of_the_layout(config):
     assert counts.total == sum(sizes.values())
     assert counts.vision == sum(n for name, n in sizes.items() if name.startswith("model.visual."))
     assert counts.layer == sum(n for name, n in sizes.items() if ".layers.1." in name)
+
+
+def of_class(config: dict, **how):
+    """A model of random weights from a config.json, dense or a mixture of experts."""
+    kind = "Qwen3VLMoe" if config["model_type"] == "qwen3_vl_moe" else "Qwen3VL"
+    made = getattr(transformers, kind + "Config")(
+        **{k: v for k, v in config.items() if k != "model_type"})
+    return getattr(transformers, kind + "ForConditionalGeneration")._from_config(made, **how)
+
+
+@pytest.mark.parametrize("name, changes, total", [
+    ("Qwen/Qwen3-VL-30B-A3B-Instruct", {}, 31_070_754_032),
+    ("Qwen/Qwen3-VL-235B-A22B-Thinking", {}, 235_670_022_896),
+    ("Qwen/Qwen3-VL-30B-A3B", {"mlp_only_layers": [1, 4], "decoder_sparse_step": 2}, None),
+    ("Qwen/Qwen3-VL-30B-A3B", {"num_local_experts": 16, "num_experts": None}, None)])
+def test_experts_are_counted_as_the_class_has_them(name, changes, total):
+    """A mixture of experts was counted as if it were dense. Some layers may be dense all the same;
+    and transformers 5 saves the number of experts under another name."""
+    config = plan.published(name)
+    config["text_config"] |= changes
+    config["text_config"] = {k: v for k, v in config["text_config"].items() if v is not None}
+    with torch.device("meta"):
+        model = of_class(config)
+    counts = plan.count(plan.dimensions(config))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert counts.total == sum(sizes.values()) == (total or counts.total)
+    assert counts.language == sum(n for k, n in sizes.items() if not k.startswith("model.visual."))
+    assert counts.layer == max(sum(n for k, n in sizes.items() if f".layers.{layer}." in k)
+                               for layer in range(4))
 
 
 def run_of(**changes) -> plan.Run:
@@ -103,14 +135,25 @@ def shape() -> dict:
     return config
 
 
-def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]:
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80,
+           "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def kept_for_backward(dtype, train, attention, checkpointing, experts=False) -> tuple[int, int]:
     """(bytes that autograd really keeps of a forward pass, bytes that the plan says)."""
     torch.manual_seed(0)
     config, rows, prompt, answer, patches = shape(), 3, 80, 20, 256
-    model = transformers.Qwen3VLForConditionalGeneration._from_config(
-        class_config(config), dtype=dtype, attn_implementation=attention).train()
+    if experts:
+        config["model_type"] = "qwen3_vl_moe"
+        config["text_config"] |= EXPERTS
+    model = of_class(config, dtype=dtype, attn_implementation=attention).train()
     cue_recovery.attach(model, every=2)
-    distill.choose_weights(model, train)
+    if train == "lora":
+        lora.attach(model, rank=16)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(("lora.", "cue_recovery.")))
+    else:
+        distill.choose_weights(model, train)
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     image, processor = config["image_token_id"], qwen.Processor(qwen.TINY)
@@ -142,11 +185,19 @@ def kept_for_backward(dtype, train, attention, checkpointing) -> tuple[int, int]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("train, attention, checkpointing, within", [
     ("all", "sdpa", False, 0.03), ("all", "eager", False, 0.03), ("language", "sdpa", False, 0.03),
-    ("cue", "sdpa", False, 0.05), ("all", "sdpa", True, 0.1)])
+    ("cue", "sdpa", False, 0.05), ("lora", "sdpa", False, 0.03), ("all", "sdpa", True, 0.1)])
 def test_what_is_kept_for_backward(dtype, train, attention, checkpointing, within):
     """The one equation, against every tensor that autograd keeps of a real forward pass."""
     found, planned = kept_for_backward(dtype, train, attention, checkpointing)
     assert planned == pytest.approx(found, rel=within)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", ["all", "cue", "lora"])
+def test_what_a_mixture_of_experts_keeps(dtype, train):
+    """Of the routed experts, and of the copies of a token's state that they read and return."""
+    found, planned = kept_for_backward(dtype, train, "sdpa", False, experts=True)
+    assert planned == pytest.approx(found, rel=0.05)
 
 
 # ---------------------------------------------------------------------------- consequences
@@ -188,24 +239,45 @@ def test_a_backbone_that_is_its_own_teacher_is_held_once():
     assert averaged.parts["teacher's weights"] == 2 * copied.parts["teacher's weights"]
 
 
+@pytest.mark.parametrize("config", [TINY, {**shape(), "model_type": "qwen3_vl_moe", "text_config": {
+    **shape()["text_config"], **EXPERTS}}], ids=["tiny", "experts"])
+def test_adapters_are_counted(config):
+    model = of_class(config)
+    made = plan.plan(run_of(train="lora", lora_rank=3, cue_recovery=False), config)
+    found = sum(p.numel() for p in lora.attach(model, rank=3).parameters())
+    assert made.parameters["adapters"] == made.parameters["trained"] == found > 0
+    assert made.parameters["teacher"] == 0
+
+
+def test_adapters_of_the_8b_fit_48_gb():
+    """One backbone is student and teacher. Trained whole, it fits only with both the optimizer and
+    the teacher in CPU memory."""
+    for train, fits in (("lora", True), ("language", False)):
+        run = plan.Run(train=train, max_pixels=1310720)
+        flags, made, _ = plan.make_fit(run, 48e9, B8)
+        assert made.peak < 48e9 and ("--offload" not in " ".join(flags)) == fits, flags
+
+
 def table_rows() -> list[str]:
-    """The table of docs/memory.md: for each student, teacher and --train, what fits, with which flags."""
-    letters = {"--gradient-checkpointing": "G", "--offload-teacher": "T",
-               "--offload-optimizer": "O", "--sample-batch": "S", "--micro-batch-tokens": "M"}
+    """The table of docs/memory.md: for each student, teacher and --train what `--plan` proposes."""
+    letters = {"offload_teacher": "T", "offload_optimizer": "O", "score_privilege": "P"}
     rows = []
     for student, teacher, train in (
             ("2B", "self", "all"), ("2B", "self", "language"), ("2B", "self", "cue"),
-            ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"), ("8B", "self", "cue"),
+            ("2B", "8B", "all"), ("2B", "8B", "cue"), ("8B", "self", "all"),
+            ("8B", "self", "lora"), ("8B", "self", "cue"),
             ("8B", "32B", "all"), ("8B", "32B", "cue")):
-        models = [plan.published(f"Qwen/Qwen3-VL-{size}") for size in (student, teacher)]
+        name = "self" if teacher == "self" else f"Qwen/Qwen3-VL-{teacher}-Instruct"
         cells = []
-        for gpus, memory in ((1, 24), (1, 80), (8, 80)):
-            run = plan.Run(train=train, teacher=teacher, max_pixels=1310720, gpus=gpus)
-            flags, made = plan.make_fit(run, memory * 1e9, *models)
-            text = " ".join(letters[f.split()[0]] + "".join(f.split()[1:]) for f in flags)
-            peak = f"{made.peak / 1e9:.0f} GB"
-            cells.append(f"{peak}, {text or 'as it is'}" if made.peak <= memory * 1e9
-                         else f"does not fit ({peak})")
+        for gpus, memory in ((1, 24), (1, 48), (1, 80), (8, 80)):
+            config = distill.read_config(["--student", f"Qwen/Qwen3-VL-{student}-Instruct",
+                                          "--teacher", name, "--train", train, "--gpus", str(gpus)])
+            sized, said = plan.fitted(config[0], memory)
+            run, (models, _, _) = plan.from_settings(sized), plan.read_models(sized)
+            peak = f"{plan.plan(run, *models).peak / 1e9:.0f} GB"
+            flags = [letter for flag, letter in letters.items() if getattr(sized, flag)]
+            cells.append("no" if "Nor with" in said else " ".join(
+                [f"{peak}, R{run.sample_batch}, M{run.micro_batch_tokens // 1024}k", *flags]))
         rows.append(f"| {student} | {teacher} | {train} | {' | '.join(cells)} |")
     return rows
 
@@ -219,7 +291,7 @@ def test_the_memory_pages_table_is_the_plans():
 @pytest.mark.parametrize("train", ["language", "cue"])
 def test_the_2b_fits_24_gb(train):
     run = plan.Run(train=train, max_pixels=1310720)
-    flags, made = plan.make_fit(run, 24e9, B2)
+    flags, made, _ = plan.make_fit(run, 24e9, B2)
     assert made.peak <= 24e9 < plan.plan(run, B2).peak
     changed = distill.read_config(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--train", train,
                                    "--max-pixels", "1310720", *" ".join(flags).split()])[0]
@@ -228,7 +300,7 @@ def test_the_2b_fits_24_gb(train):
 
 def test_no_flag_is_given_that_is_not_needed():
     run = plan.Run(max_pixels=1310720)
-    flags, made = plan.make_fit(run, 24e9, B2)
+    flags, made, _ = plan.make_fit(run, 24e9, B2)
     options = dict(plan.changes(run))
     for left_out in flags:
         rest = {k: v for flag in flags if flag != left_out for k, v in options[flag].items()}
@@ -247,7 +319,14 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "the table in plan.py, not the hub" in out and "8 x cuda" in out
     assert re.search(r"student +2,127\.5 M", out) and re.search(r"teacher +8,767\.1 M", out)
-    assert "It does, in" in out and "--gradient-checkpointing" in out
+    assert "fits in 80 GB on each of 8 GPUs" in out
+    pasted = shlex.split(next(line for line in out.splitlines() if "distill.py" in line))
+    assert pasted[:4] == ["torchrun", "--nproc-per-node", "8", "distill.py"]
+    config = distill.read_config(pasted[4:])[0]
+    assert (config.teacher, config.data) == ("Qwen/Qwen3-VL-8B-Instruct", "nowhere.jsonl")
+    config.gpus = 8
+    models = [plan.published(name) for name in (config.student, config.teacher)]
+    assert plan.plan(plan.from_settings(config), *models).peak < 80e9
     assert list(tmp_path.iterdir()) == []
 
 

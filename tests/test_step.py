@@ -1,4 +1,4 @@
-"""The step as a whole: no picture is decoded twice, and little of what is scored is padding."""
+"""A whole step: no picture is decoded twice, and few of the scored tokens are padding."""
 import inspect
 import math
 import random
@@ -30,7 +30,7 @@ def test_freeze_vision_is_train_language(tmp_path):
 
 @pytest.mark.parametrize("train", ["all", "language"])
 def test_pictures_are_decoded_once_a_record_and_step(tiny, records, monkeypatch, train):
-    """The hinted prompt, the parts of sampling and the micro-batches all take the same pixels."""
+    """The hinted prompt, sampling and the micro-batches all use the same decoded pixels."""
     student, processor = tiny
     teacher, count = teaching.frozen_copy(student), {"decoded": 0, "patched": 0}
 
@@ -55,7 +55,7 @@ def test_pictures_are_decoded_once_a_record_and_step(tiny, records, monkeypatch,
 # ---------------------------------------------------------------------------- padding
 
 class Counter:
-    """Stands in for a model: notes the width and rows of what it is given to read."""
+    """Stands in for a model: records the width and number of rows of every batch it reads."""
     device = torch.device("cpu")
 
     def __init__(self):
@@ -77,7 +77,7 @@ def heavy_tailed(seed: int, rows: int = 128):
 
 
 def padded_share(processor, prompts, hinted, responses, groups) -> tuple[float, int]:
-    """Of all that both scoring passes read: the share that is padding, and the largest pass."""
+    """Over both scoring passes: the share of padding, and the tokens of the largest pass."""
     counter, real = Counter(), 0
     for rows in groups:
         answered = sum(len(responses[row]) for row in rows)
@@ -92,10 +92,10 @@ def padded_share(processor, prompts, hinted, responses, groups) -> tuple[float, 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_at_most_a_tenth_of_what_is_scored_is_padding(loaded, seed):
-    """Measured on what the forward passes read, at the paper's batch and the default budget.
+    """Measured on the batches of the forward passes, with the paper's batch and the default budget.
 
-    A long prompt with a short answer and a short prompt with a long one were once padded to both
-    long ends: a third was padding, and a pass read 27,706 tokens under a budget of 16,384.
+    Once, a row was as wide as the longest prompt plus the longest answer of its group. Then a third
+    was padding, and a pass read 27,706 tokens under a budget of 16,384.
     """
     _, processor = loaded
     prompts, hinted, responses = heavy_tailed(seed)
@@ -103,7 +103,7 @@ def test_at_most_a_tenth_of_what_is_scored_is_padding(loaded, seed):
     assert sorted(row for group in groups for row in group) == list(range(128))
     share, largest = padded_share(processor, prompts, hinted, responses, groups)
     assert share <= 0.10 and largest <= 16384
-    assert len(groups) <= 20                # one row a pass would pad nothing, and take 128 of them
+    assert len(groups) <= 20                # one row per pass would need no padding, but 128 passes
 
 
 def test_a_row_is_as_wide_as_itself(loaded):
@@ -119,10 +119,10 @@ def test_a_row_is_as_wide_as_itself(loaded):
 # ---------------------------------------------------------------------------- few hops
 
 def test_few_functions_run_from_a_record_to_its_loss(tiny, toy_folder):
-    """Readers follow a record through the code: each function it enters is a page they turn.
+    """Readers follow a record through the code: each function is a place they have to look up.
 
     85 functions in 10 files ran in the first edition, 8 of which did nothing. Counted with the plain
-    decoder, the module attached, in one process; functions inside of functions count.
+    decoder, the module attached, in one process; inner functions count too.
     """
     student, processor = tiny
     teacher = teaching.frozen_copy(student)

@@ -41,13 +41,17 @@ CASES = {                    # rows of a micro-batch, and what differs from COMM
     "0.05B language eager": (2, dict(train="language", attention="eager")),
     "0.15B all bf16": (2, dict(train="all", dtype="bfloat16")),
     "0.15B language ema": (2, dict(train="language", teacher="ema")),
+    "0.05B experts all": (2, dict(train="all")),
+    "0.05B experts cue": (2, dict(train="cue")),
     "0.4B all": (1, dict(train="all", batch_size=2, sample_batch=2)),
     "0.4B cue": (2, dict(train="cue")),
 }
 QUICK = ("0.05B all", "0.05B cue")
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+           "decoder_sparse_step": 1, "mlp_only_layers": []}       # of the cases that say so
 
 
-def shape(size: str) -> dict:
+def shape(size: str, experts: bool = False) -> dict:
     """config.json of a random model with the tiny checkpoint's tokenizer."""
     import model as qwen
     from scale import plan
@@ -60,6 +64,9 @@ def shape(size: str) -> dict:
         "num_key_value_heads": keys, "intermediate_size": F, "vocab_size": V,
         "rope_scaling": {"mrope_interleaved": True, "rope_type": "default",
                          "mrope_section": [d // 2 - 2 * (d // 6), d // 6, d // 6]}}
+    if experts:
+        config["model_type"] = "qwen3_vl_moe"
+        config["text_config"] |= EXPERTS
     config["vision_config"] |= {
         "hidden_size": vD, "intermediate_size": vF, "depth": depth, "num_heads": vD // 64,
         "out_hidden_size": D, "patch_size": 8, "num_position_embeddings": 1024,
@@ -70,8 +77,8 @@ def shape(size: str) -> dict:
 def random_model(config: dict, folder: Path, dtype, attention: str):
     """(model, processor) with random weights made in `dtype`: no float32 copy, no weight file."""
     import shutil
+    import transformers
     import model as qwen
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
     folder.mkdir(parents=True, exist_ok=True)
     for name in qwen.PROCESSOR_FILES:
         if (qwen.TINY / name).exists():
@@ -80,9 +87,11 @@ def random_model(config: dict, folder: Path, dtype, attention: str):
     pictures = json.loads((folder / "preprocessor_config.json").read_text())
     pictures["patch_size"] = config["vision_config"]["patch_size"]
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
-    model = Qwen3VLForConditionalGeneration._from_config(
-        Qwen3VLConfig(**{k: v for k, v in config.items() if k != "model_type"}), dtype=dtype,
-        attn_implementation=attention)
+    kind = "Qwen3VLMoe" if config["model_type"] == "qwen3_vl_moe" else "Qwen3VL"
+    made = getattr(transformers, kind + "Config")(
+        **{k: v for k, v in config.items() if k != "model_type"})
+    model = getattr(transformers, kind + "ForConditionalGeneration")._from_config(
+        made, dtype=dtype, attn_implementation=attention)
     return model.eval(), qwen.Processor(folder)
 
 
@@ -137,18 +146,19 @@ def run_case(name: str) -> dict:
     import distill
     from scale import plan
     size, (rows, changes) = name.split()[0], CASES[name]
+    of_model = shape(size, "experts" in name)
     data = records(12, SIDE[size])
     dtype = changes.get("dtype", "float32")
     warm_up(distill, dtype)
     with tempfile.TemporaryDirectory() as folder:
         peaks = Peaks()
-        made = random_model(shape(size), Path(folder), getattr(torch, dtype),
+        made = random_model(of_model, Path(folder), getattr(torch, dtype),
                             changes.get("attention", COMMON["attention"]))
         prompt = made[1].length(data[0], "2")
         config = distill.Config(**{**COMMON, "max_prompt_tokens": prompt, "dtype": dtype,
                                    "micro_batch_tokens": rows * (prompt + COMMON["max_new_tokens"]),
                                    **changes})
-        planned = plan.plan(plan.from_settings(config), shape(size), most=SIDE[size]**2)
+        planned = plan.plan(plan.from_settings(config), of_model, most=SIDE[size]**2)
         if planned.peak > 0.9 * available():
             return {"case": name, "skipped": f"needs {planned.peak / 1e9:.1f} GB, this machine has "
                                              f"{available() / 1e9:.1f} GB to give"}

@@ -1,7 +1,7 @@
 """rollout.py - how fast rollout.sample is beside the class's own generate. Run by hand.
 
-The idea.  Three ways of sampling the same answers from the same prompts, in one process and in turns,
-so that other work on the machine hits both; a ratio a pair, and the median of the pairs.
+The idea.  Three ways of sampling the same answers from the same prompts, in one process and in
+turns, so that other work on the machine hits both; a ratio a pair, and the median of the pairs.
 
     ours       rollout.sample with FastDecoder
     generate   model.generate: same temperature, bans (suppress_tokens), stop ids and limit, its

@@ -43,6 +43,7 @@ from PIL import Image  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import model as qwen  # noqa: E402
+from scale import checkpoint
 import teacher as teaching  # noqa: E402
 from scale import vision  # noqa: E402
 from data import records as record_files, toy  # noqa: E402
@@ -178,7 +179,7 @@ def ragged_checkpoint() -> Path:
     processor = qwen.Processor(qwen.TINY)
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration._from_config(AutoConfig.from_pretrained(qwen.TINY))
-    qwen.save(model, processor, folder / "ragged")
+    checkpoint.save_model(model, processor, folder / "ragged")
     path = folder / "ragged" / "generation_config.json"
     settings = json.loads((qwen.TINY / "generation_config.json").read_text())
     words = sorted(set(processor.vocab.values()) - set(processor.banned_ids) - processor.stop_ids)
