@@ -1,12 +1,13 @@
-"""docs/drawings.py - the four drawings of the tour in one_step.py; nothing of the method is here.
+"""docs/drawings.py - the drawings of the tour in one_step.py; nothing of the method is here.
 
     picture(image, rows, columns)    a picture, with the visual tokens that the model makes of it
-    chips(tokens)                    tokens in a row, each with its own colour and a line below it
+    prompt(tokens), chips(tokens)    tokens in a row, each with its own colour and a line below it
     bars(rows)                       next-token distributions, one bar of length 1 each
     maps(image, rows)                where the sink token looks, a row of maps each
 
 In:  PIL images and plain numbers.  Out: a PIL image, which a notebook shows as it is.
-Drawn twice as large as it is shown, so text is sharp. The palette keeps the notebook small.
+Most are drawn twice as large as they are shown, so that text is sharp. A palette keeps the notebook
+small.
 """
 from __future__ import annotations
 
@@ -93,9 +94,28 @@ def chips(tokens: list[tuple[str, str, str | float]]) -> Image.Image:
     return small(out.crop((0, 0, WIDTH, y + (high if x > EDGE else 0) + EDGE // 2)))
 
 
+def prompt(tokens: list[tuple[str, int]]) -> Image.Image:
+    """Chips of a whole prompt. tokens: (text, id). What a token is follows from where it stands."""
+    what, out, squares = "text", [], 0
+    for text, number in tokens:
+        shown = "control" if text.startswith("<|") else what
+        if text == "<|image_pad|>":
+            squares += 1
+            out.append((f"square {squares}", str(number), "visual"))
+            continue
+        out.append((text, str(number), shown))
+        if text == "<|vision_end|>":
+            what = "question"
+        elif text == "\n" and what == "question":
+            what = "hint"
+        elif text == "<|im_end|>":
+            what = "text"
+    return chips(out)
+
+
 def bars(rows: dict[str, dict[str, float]]) -> Image.Image:
     """rows: {who: {next token: probability}}; a full stop is orange, a comma blue."""
-    colours = {".": figures.LESS[3], ",": figures.MORE[2]}
+    known = {".": ("full stop", figures.LESS[3]), ",": ("comma", figures.MORE[2])}
     high, left = 84, 420
     out, pen = blank(len(rows) * (high + 16) + EDGE)
     for n, (who, shares) in enumerate(rows.items()):
@@ -103,8 +123,9 @@ def bars(rows: dict[str, dict[str, float]]) -> Image.Image:
         pen.text((EDGE, y + high / 2), who, INK, font(34), anchor="lm")
         for token, share in shares.items():
             right = x + share * (WIDTH - EDGE - left)
-            pen.rectangle((x, y, right, y + high), colours.get(token, RULE))
-            said = f"{token!r}  {share:.0%}".replace("%", " %")
+            said, colour = known.get(token, (repr(token), RULE))
+            pen.rectangle((x, y, right, y + high), colour)
+            said = f"{said}  {share:.0%}".replace("%", " %")
             if pen.textlength(said, font(34)) < right - x - 8:
                 pen.text(((x + right) / 2, y + high / 2), said, INK, font(34), anchor="mm")
             x = right
@@ -113,7 +134,5 @@ def bars(rows: dict[str, dict[str, float]]) -> Image.Image:
 
 def maps(image: Image.Image, rows: dict[str, dict[int, torch.Tensor]]) -> Image.Image:
     """rows: {when: {layer: (h, w) shares of attention}}."""
-    drawn = figures.attention_picture(enlarged(image, 300), rows)
-    out, _ = blank(drawn.height)
-    out.paste(drawn, (0, 0))
-    return small(out)
+    return figures.attention_picture(enlarged(image, 126), rows).quantize(
+        128, dither=Image.Dither.NONE)

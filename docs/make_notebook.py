@@ -28,6 +28,7 @@ import torch
 
 SCRIPT = Path(__file__).resolve().with_name("one_step.py")
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
+WIDTH = 880                              # pixels, as pictures are shown
 MARK = re.compile(r"^# %%( \[markdown\])?\n", re.M)
 
 
@@ -56,10 +57,10 @@ def run_cell(source: str, namespace: dict) -> list[dict]:
                         "text": printed.getvalue().splitlines(keepends=True)})
     if value is not None:
         data, size = {"text/plain": [repr(value)]}, {}
-        if hasattr(value, "_repr_png_"):                # drawn twice as large as it is shown
+        if hasattr(value, "_repr_png_"):
             data = {"image/png": base64.b64encode(value._repr_png_()).decode(),
                     "text/plain": ["(a picture)"]}
-            size = {"image/png": {"width": value.width // 2}}
+            size = {"image/png": {"width": WIDTH}}
         outputs.append({"output_type": "display_data", "data": data, "metadata": size})
     return outputs
 

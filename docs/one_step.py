@@ -79,28 +79,8 @@ def name(token: int) -> str:
     return processor.tokenizer.decode([token], skip_special_tokens=False)
 
 
-def boxes(ids: list[int], question: str) -> list[tuple]:
-    """(text, id, kind) of each token. Kinds follow from where a token stands."""
-    kind, out, squares = "text", [], 0
-    for token in ids:
-        text, shown = name(token), "control"
-        if text == "<|image_pad|>":
-            squares += 1
-            text, shown = f"square {squares}", "visual"
-        elif not text.startswith("<|"):
-            shown = kind
-        out.append((text, str(token), shown))
-        if text == "<|vision_end|>":
-            kind = "question"
-        elif text == "\n" and kind == "question":
-            kind = "hint"
-        elif text == "<|im_end|>":
-            kind = "text"
-    return out
-
-
 print(f"the student's prompt: {len(prompt.ids)} tokens")
-drawings.chips(boxes(prompt.ids, record["question"]))
+drawings.prompt([(name(token), token) for token in prompt.ids])
 
 # %% [markdown]
 # The teacher's prompt is the same, and one line more (orange). **Both end in the same header**, so
@@ -108,7 +88,7 @@ drawings.chips(boxes(prompt.ids, record["question"]))
 
 # %%
 print(f"the teacher's prompt: {len(hinted.ids)} tokens")
-drawings.chips(boxes(hinted.ids, record["question"]))
+drawings.prompt([(name(token), token) for token in hinted.ids])
 
 # %% [markdown]
 # ## 2) Rollout
@@ -399,7 +379,9 @@ def sabotage(file: str, line: str, wrong: str, test: str) -> None:
                              cwd=copy, capture_output=True, text=True)
     reasons = [said[1:].strip() for said in got.stdout.splitlines() if said.startswith("E ")]
     verdict = {0: "passes: NOT caught", 1: "fails: caught"}.get(got.returncode, got.stdout[-2000:])
-    print(f"in {file}\n  - {line}\n  + {wrong}\n{test}\n  {verdict}", *reasons[:1], sep="\n  ")
+    whole = next(found for found in text.splitlines() if line in found).strip()
+    print(f"in {file}\n  - {whole}\n  + {whole.replace(line, wrong)}\n{test}\n  {verdict}",
+          *reasons[:1], sep="\n  ")
 
 
 # %% [markdown]
