@@ -35,36 +35,41 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tqdm import tqdm
 
-import cue_recovery
 import evaluate
 import model as qwen
 import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
-from rollout import Rollout, append_response, sample
-from scale import checkpoint, longrun, plan, sharding, vision
+from rollout import PlainDecoder, Rollout, sample
+from scale import checkpoint, checks, longrun, offload, plan, sharding, vision
+from scale.build import build_models
+from scale.decoder import FastDecoder
+from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
 
-# Dimension letters: B rows, L prompt tokens, T response tokens, N scored tokens, D hidden size,
-# V vocabulary.
+# Dimension letters: B prompts, K responses to each, T response tokens, W columns of a batch,
+# N scored tokens, D hidden size, V vocabulary.
 
 HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------- settings
 
-def option(default, text: str, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default, text: str, choices=None, low=-math.inf, high=math.inf):
+    return field(default=default, metadata={"help": text, "choices": choices, "range": (low, high)})
 
 
 @dataclass
@@ -72,64 +77,86 @@ class Config:
     """Every knob. The defaults are for a real model (paper, table 3), TOY for the tiny default."""
     student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
     teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
-    ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step")
+    ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step",
+                              low=0, high=1)
     privilege: str = option("cue", "what only the teacher is told", teaching.PRIVILEGES)
     loss: str = option("forward_kl", "divergence at each token",
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
-    data: str = option("", "training records, JSONL (default: the toy world, made in data/toy)")
-    eval_data: str = option("", "test records (default: test.jsonl beside the training records)")
-    eval_limit: int = option(512, "use the first so many test records, 0 for all")
-    steps: int = option(275, "updates; 275 is the paper's main run")
-    batch_size: int = option(128, "prompts an update")
-    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all")
-    sample_batch: int = option(32, "rows sampled at a time: bounds the key/value cache")
-    micro_batch_tokens: int = option(16384, "tokens, padding included, scored at a time")
-    max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut")
-    max_new_tokens: int = option(4096, "response tokens")
-    temperature: float = option(1.0, "of sampling; scoring is always at 1")
-    top_p: float = option(1.0, "nucleus of sampling, 1 for the whole distribution")
-    top_k: int = option(0, "sample from the k most likely, 0 for all")
-    lr: float = option(1e-6, "learning rate of the model")
-    cue_lr: float = option(1e-4, "learning rate of the recovery module")
-    warmup: int = option(10, "steps until the full learning rate")
-    final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)")
-    clip: float = option(1.0, "largest gradient norm")
-    weight_decay: float = option(0.0, "AdamW's")
+    data: str = option("", "training records, JSONL; empty for the toy world, made in data/toy")
+    eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
+    eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
+    before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
+                               low=0)
+    instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
+    steps: int = option(275, "updates; 275 is the paper's main run", low=1)
+    batch_size: int = option(128, "prompts an update", low=1)
+    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
+                                     low=1)
+    sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
+                               low=0)
+    micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
+                                     low=0)
+    max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut",
+                                    low=1)
+    max_new_tokens: int = option(4096, "response tokens", low=1)
+    temperature: float = option(1.0, "of sampling; scoring is always at 1", low=0, high=1e6)
+    top_p: float = option(1.0, "nucleus of sampling, 1 for the whole distribution", low=1e-9,
+                          high=1)
+    top_k: int = option(0, "sample from the k most likely, 0 for all", low=0)
+    lr: float = option(1e-6, "learning rate of the model", low=0, high=1e6)
+    cue_lr: float = option(1e-4, "learning rate of the module and of LoRA", low=0, high=1e6)
+    warmup: int = option(10, "steps until the full learning rate", low=0)
+    final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)",
+                             low=0, high=1)
+    clip: float = option(1.0, "largest gradient norm", low=1e-12)
+    weight_decay: float = option(0.0, "AdamW's", low=0, high=1e6)
     cue_recovery: bool = option(True, "attach the sink-token module to the student")
-    every: int = option(0, "a module block each so many layers; 0: 5, or a third of a shallow one")
+    every: int = option(0, "a module block each so many layers; 0: 5, or a third of a shallow one",
+                        low=0)
     sink: str = option("first", "the token that asks the picture: first of the sequence (paper), "
                        "or last of the prompt, which has read the question", ("first", "last"))
-    train: str = option("all", "which weights: all, language (no vision tower), cue (the module)",
-                        ("all", "language", "cue"))
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    train: str = option("all", "which weights: all, language (no vision tower), lora (adapters and "
+                        "the module), cue (the module)", ("all", "language", "lora", "cue"))
+    lora_rank: int = option(16, "with --train lora", low=1)
+    lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
+    gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
+    score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
+                                   "with and without the hint: for one that no GPU holds whole")
     offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
-    min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own")
-    max_pixels: int = option(0, "largest picture in pixels, 0 for the checkpoint's own")
-    seed: int = option(0, "of data order, sampling and the module's start")
-    name: str = option("", "of the run's folder below runs/ (default: the time)")
-    eval_every: int = option(50, "steps between evaluations, 0 for only before and after")
-    save_every: int = option(25, "steps between saved states for --resume")
-    keep: int = option(0, "keep the students of the last so many evaluations, and the best")
-    max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit")
-    max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit")
-    device: str = option("", "cuda, cpu, ... (default: cuda if there is one)")
-    dtype: str = option("", "of the weights (default: float32 on a CPU, else bfloat16)")
+    min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
+    max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
+                             low=0)
+    seed: int = option(0, "of data order, sampling and the module's start", low=0)
+    name: str = option("", "of the run's folder below runs/; empty for the time")
+    eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
+    save_every: int = option(25, "steps between saved states for --resume", low=1)
+    keep: int = option(0, "keep the students of the last so many evaluations, and the best", low=0)
+    max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit",
+                              low=0)
+    max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit", low=0)
+    device: str = option("", "cuda, cpu, ...; empty for cuda if there is one")
+    threads: int = option(0, "CPU threads, 0 for torch's choice; OMP_NUM_THREADS, if set, decides",
+                          low=0)
+    dtype: str = option("", "of the weights; empty for float32 on a CPU, else bfloat16")
     plan: bool = option(False, "print how much memory the run needs, and stop")
-    gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits")
-    gpus: int = option(0, "with --plan: number of GPUs (default: WORLD_SIZE, or 1)")
+    gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits",
+                               low=0)
+    gpus: int = option(0, "with --plan: number of GPUs; 0 for WORLD_SIZE, or 1", low=0)
     attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
 
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
-           lr=5e-4, cue_lr=1.5e-3, attention="eager")
+           lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
+           max_pixels=0, before_limit=0, instruction="")
+# What a setting meant before it had a name: for runs that were begun then.
+OLDER = dict(threads=0, before_limit=0, instruction="")
 
 
 def read_config(argv=None) -> tuple[Config, Path | None]:
     """Settings from the command line; with --resume those of the run, and its folder."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     vision_flags = parser.add_mutually_exclusive_group()
     vision_flags.add_argument("--freeze-vision", dest="train", action="store_const",
                               const="language", default=argparse.SUPPRESS,
@@ -137,202 +164,127 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
             "type": type(f.default), "choices": f.metadata["choices"]}
+        shown = "" if f.default == "" else f" (default: {f.default})"
+        # without a default of its own, a setting stands in the result only if it was typed
         (vision_flags if f.name == "train" else parser).add_argument(
-            "--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
                         help="go on with this run, with its own settings (--steps, --max-hours and "
                              "--max-tokens may be raised)")
     typed = vars(parser.parse_args(argv))
-    # argparse leaves alone what has a value already: parsed over Nones, only what was typed is set
-    blank = argparse.Namespace(**dict.fromkeys(typed))
-    changed = {k: v for k, v in vars(parser.parse_args(argv, blank)).items() if v is not None}
-    resume, _ = typed.pop("resume"), changed.pop("resume", None)
+    resume = typed.pop("resume")
     if resume:
-        other = sorted(set(changed) - {"steps", "max_hours", "max_tokens"})
+        other = sorted(typed.keys() - {"steps", "max_hours", "max_tokens"})
         if other:
             parser.error(f"--resume takes the run's own settings; leave out {', '.join(other)}")
         path = Path(resume) / "args.json"
         if not path.exists():
             parser.error(f"{path} does not exist: is {resume} the folder of a run?")
-        return Config(**{**json.loads(path.read_text()), **changed}), Path(resume)
-    if Path(typed["student"]).resolve() == qwen.TINY:
-        typed = {**typed, **TOY, **changed}
+        typed = {**OLDER, **json.loads(path.read_text(encoding="utf-8")), **typed}
+    elif Path(typed.get("student", qwen.TINY)).resolve() == qwen.TINY:
+        typed = {**TOY, **typed}
     config = Config(**typed)
     config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
-    for name in ("steps", "batch_size", "samples_per_prompt", "sample_batch", "max_new_tokens",
-                 "save_every"):
-        if getattr(config, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("keep", "max_hours", "max_tokens"):
-        if getattr(config, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    return config, None
+    for f in fields(Config):
+        value, (low, high) = getattr(config, f.name), f.metadata["range"]
+        if not isinstance(value, (str, bool)) and not low <= value <= high:      # NaN is refused too
+            allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            parser.error(f"--{f.name.replace('_', '-')} is {value}, expected {allowed}")
+    return config, Path(resume) if resume else None
 
 
 # ---------------------------------------------------------------------------- one step
 
-def training_step(student, teacher, processor, records: list[dict], config: Config, step: int,
-                  optimizer: Optimizer) -> tuple[dict, list[str]]:
-    """The algorithm. Returns the step's metrics and an answer to each record as text."""
+def training_step(student, teacher, processor, records: list[dict], uniforms, config: Config,
+                  step: int, optimizer: Optimizer, scale: Scale) -> tuple[Sums, Rollout]:
+    """The algorithm, in the paper's four steps. Returns what was measured, and the rollout.
+
+    records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
+    scale: what scale/ adds for speed, memory or several processes; Scale() is the plain thing.
+    """
+    sums, K = Sums(), config.samples_per_prompt
     # 1) prompts: what the student sees, and the same with the privilege in it
-    prompts, hinted = read_prompts(student, teacher, processor, records, config)
-    clock, K = Clock(), config.samples_per_prompt      # K rows a prompt, one beside the other
-    # 2) rollout: the student answers (eq. 6: y ~ p_theta)
-    with sharding.gathered(student):
-        rollout = sample_all(student, processor, prompts, config, config.seed * 1_000_003 + step)
-    clock.lap("sample")
-    # 3) score the same tokens with both, and take the divergence, a micro-batch at a time
-    total = Totals()
+    prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
+    # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
+    with scale.sampling(student):
+        rollout = sample_responses(student, processor, prompts, uniforms, config, scale.decoder)
+    sums.lap("sample")
+    # 3) score: both read the same token ids; the divergence at each of them; backward
+    responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
+    prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))
+    groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
+    if scale.even_out:
+        groups = scale.even_out(groups, prompts, hinted, responses)
+    read = partial(response_states, processor, responses, scale.hidden)
     student.train()
-    groups = sharding.in_step(micro_batches(prompts, hinted, rollout, config.micro_batch_tokens),
-                              prompts, processor)
-    taught = teacher_says(teacher, processor, hinted, groups, rollout, config, student.device)
-    for (rows, blanks), (said_by_teacher, teacher_head) in zip(groups, taught):
-        lengths, ids, mask = responses(rollout, rows)
-        said_by_student = response_states(student, processor, prompts, rows, ids, mask, blanks)
-        # the mean over a response's tokens, and then over all responses of the step (eq. 7)
-        weights = (1 / (len(records) * K * lengths)).repeat_interleave(lengths)          # (N,)
+    for rows, teacher_hidden, teacher_head in scale.teach(teacher, groups, partial(read, hinted)):
+        student_hidden = read(prompts, student, rows)                                  # (N, D)
+        tokens = torch.tensor([t for row in rows for t in responses[row]], device=student.device)
+        lengths = torch.tensor([len(responses[row]) for row in rows], device=student.device)
+        # the mean over a response's tokens, then over all responses of the step (eq. 7)
+        weights = (1 / (config.batch_size * K * lengths)).repeat_interleave(lengths)   # (N,)
         stats = {}
-        nats = distill_loss(said_by_student, said_by_teacher, student.lm_head.weight, teacher_head,
-                            config.loss, weights=weights, tokens=ids[mask], stats=stats)
+        nats = distill_loss(student_hidden, teacher_hidden, student.lm_head.weight, teacher_head,
+                            config.loss, weights=weights, tokens=tokens, stats=stats)
         if nats.requires_grad:      # not so if only the module is trained and there is no picture
             (nats * weights).sum().backward()
-        if rows:
-            total.add(nats.detach(), weights, lengths, stats)
-    sharding.release(teacher)
-    # 4) update
-    norm = optimizer.step(step)
-    finite = math.isfinite(norm)
-    if config.teacher == "ema" and finite:
+        sums.add(nats.detach(), weights, lengths, stats)
+    # 4) update: clip, AdamW; an averaged teacher follows
+    sums.gradient_norm = optimizer.step(step)
+    if config.teacher == "ema" and math.isfinite(sums.gradient_norm):
         teaching.update_ema(teacher, student, config.ema_decay)
-    clock.lap("score")
-    answers = [processor.decode(ids[:n]) for ids, n in zip(rollout.ids, rollout.lengths)]
-    metrics = {"step": step + 1, **total.metrics(), **describe(rollout, answers),
-               "gradient_norm": norm if finite else None,               # JSON has no NaN
-               "skipped": int(not finite)}
-    return metrics | clock.metrics(metrics["tokens"]), sharding.collect(answers[::K])
+    sums.lap("score")
+    return sums, rollout
 
 
-def read_prompts(student, teacher, processor, records, config) -> tuple[list, list]:
-    """What the student sees of each record, and what the teacher; each K times, the same object.
-
-    A picture is decoded here, once a step, never again.
-    """
-    mine = sharding.share(records)        # all of them, unless several processes share the step
+def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
+    """What the student sees of each record, and what the teacher; a picture is decoded once."""
     with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
-        prompts = list(pool.map(processor.prompt, mine))
-    if config.train != "all" and config.teacher == "self" and sharding.world == 1:
-        # one frozen tower in both models: each picture goes through it once, not three times
-        prompts = vision.read_once(prompts, student, teacher, rows=config.sample_batch)
-    hinted = [processor.prompt(record, teaching.hint(record, config.privilege), seen=prompt)
-              for record, prompt in zip(mine, prompts)]
-    K = config.samples_per_prompt
-    return [p for p in prompts for _ in range(K)], [p for p in hinted for _ in range(K)]
+        prompts = list(pool.map(processor.prompt, records))
+    if read_pictures:
+        prompts = read_pictures(prompts)
+    return prompts, [processor.prompt(record, teaching.hint(record, privilege),
+                                        pictures_from=prompt)
+                     for record, prompt in zip(records, prompts)]
 
 
-def sample_all(student, processor, prompts, config, seed: int) -> Rollout:
-    """A response to each of `prompts`, of which every K are one and read once.
+def sample_responses(student, processor, prompts, uniforms, config, decoder) -> Rollout:
+    """K responses per prompt; each prompt is prefilled once.
 
-    About `sample_batch` rows run at a time. Prompts that wait take the places of rows that stop, so
-    that long answers do not keep the others waiting.
+    About `sample_batch` rows run at a time. Waiting prompts take the places of rows that stop, so
+    long answers do not keep the others waiting.
     """
-    K, prompts = config.samples_per_prompt, prompts[::config.samples_per_prompt]
-    # drawn for the whole step at once, so that a token does not depend on how the step is cut
-    count = sharding.total(len(prompts))
-    uniforms = torch.rand(count * K, config.max_new_tokens, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(seed))
-    uniforms = sharding.share(uniforms.view(count, K, -1)).flatten(0, 1)
+    K = config.samples_per_prompt
     if not prompts:                          # more processes than prompts
         none = torch.zeros(0, 1, device=student.device)
         return Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
     read = processor.in_turn(prompts, student.device)
-    return sample(student, read(max(1, config.sample_batch // K)), more=read,
+    return sample(student, read(max(1, config.sample_batch // K)), more=read, decoder=decoder,
                   max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                  top_p=config.top_p, top_k=config.top_k, samples_per_prompt=K, uniforms=uniforms,
-                  **processor.sampling)
+                  top_p=config.top_p, top_k=config.top_k, samples_per_prompt=K,
+                  uniforms=uniforms.flatten(0, 1), **processor.sampling)
 
 
-def response_states(model, processor, prompts, rows, ids, mask, blanks=()) -> torch.Tensor:
-    """(N, D) last hidden states from which each response token of `rows` is predicted.
+def uniform_numbers(config, step: int) -> torch.Tensor:
+    """(B, K, max_new_tokens) in [0, 1): for the whole step at once, from (seed, step).
 
-    ids, mask (B, T): the responses of these rows, and where there are tokens in them.
-    blanks: prompts to be read along, without a response (sharding.in_step).
+    So a token does not depend on how the step is cut into batches or over processes, and a resumed
+    run draws it again.
     """
-    batch = processor.batch([*(prompts[row] for row in rows), *blanks], device=model.device)
-    ids, mask = (torch.cat([x, x.new_zeros(len(blanks), x.shape[1])]) for x in (ids, mask))
-    lengths = mask.sum(dim=1, keepdim=True)                                              # (B, 1)
-    both = close_gaps(append_response(batch, ids, lengths[:, 0]))
-    end = batch["attention_mask"].sum(dim=1)             # (B,) columns of each prompt, gaps closed
-    cue = getattr(model, "cue_recovery", None)
-    with cue.prompt(end) if cue else nullcontext():
-        hidden = sharding.last_hidden_state(model, **both, use_cache=False)              # (B, W, D)
-    # the state at column t predicts the token at t + 1, so the response is read one column early
-    place = torch.arange(hidden.shape[1], device=ids.device) - (end[:, None] - 1)        # (B, W)
-    return hidden[(place >= 0) & (place < lengths)]
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    return torch.rand(config.batch_size * config.samples_per_prompt, config.max_new_tokens,
+                      dtype=torch.float64, generator=generator).unflatten(
+                          0, (config.batch_size, config.samples_per_prompt))
 
 
-def close_gaps(batch: dict) -> dict:
-    """Move every row to the left, so that W columns are the longest row and no more.
-
-    A long prompt with a short answer and a short prompt with a long one, padded on their own sides,
-    are as wide as both long ones together. Padding then only follows: no token can look ahead to
-    it, so the mask is left out, and the attention kernel need not read one.
-
-    >>> batch = {"input_ids": torch.tensor([[0, 7, 8, 1, 2], [0, 0, 6, 3, 9]]), "position_ids":
-    ...          torch.arange(5).expand(3, 2, 5), "attention_mask":
-    ...          torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0]]), "image_grid_thw": "as it was"}
-    >>> close_gaps(batch)["input_ids"].tolist()
-    [[7, 8, 1, 2], [6, 3, 9, 9]]
-    """
-    mask = batch["attention_mask"].long()
-    # padding is what the last column holds: the end of this response, never a piece of a picture
-    columns = mask.argmax(dim=1, keepdim=True) + torch.arange(int(mask.sum(dim=1).max()),
-                                                              device=mask.device)
-    columns = columns.clamp(max=mask.shape[1] - 1)                                       # (B, W)
-    pictures = {k: v for k, v in batch.items()
-                if k.startswith(("pixel_values", "image_", "video_"))}
-    return {"input_ids": batch["input_ids"].gather(1, columns), **pictures,
-            "position_ids": batch["position_ids"].gather(2, columns.expand(3, -1, -1))}
-
-
-def responses(rollout: Rollout, rows: list[int]):
-    """Lengths (B,), ids and mask (B, T) of some rows, no wider than the longest of them."""
-    lengths = rollout.lengths[rows]
-    longest = max(lengths.tolist(), default=1)
-    return lengths, rollout.ids[rows, :longest], rollout.mask[rows, :longest]
-
-
-def teacher_says(teacher, processor, hinted, groups, rollout, config, device):
-    """Yields for each micro-batch the teacher's states (N, D) and its head (V, D).
-
-    A generator: the teacher reads a micro-batch when the student is about to. But one that is
-    offloaded comes to `device` once a step and reads all of them; what it said waits in CPU memory.
-    """
-    def score(rows, blanks):
-        _, ids, mask = responses(rollout, rows)
-        return response_states(teacher, processor, hinted, rows, ids, mask, blanks)
-
-    if config.offload_teacher:
-        head = teacher.lm_head.weight.to(device)
-        with teaching.at_work(teacher, device):
-            waiting = [score(*group).cpu() for group in groups]
-        yield from ((states.to(device), head) for states in waiting)
-        return
-    for group in groups:
-        with teaching.at_work(teacher):
-            states = score(*group)
-        # out of at_work: while the student reads, its module is on again
-        yield states, teacher.lm_head.weight
-
-
-def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
+def micro_batches(prompts, hinted, responses, budget: int) -> list[list[int]]:
     """Rows grouped by length; a group padded to its longest row stays within `budget` tokens.
 
     A row longer than the budget gets a group of its own, and a row much shorter than its group
     starts the next one: a small forward pass costs less than a large one of padding.
     """
-    sizes = [max(len(a.ids), len(b.ids)) + int(n)
-             for a, b, n in zip(prompts, hinted, rollout.lengths)]
+    sizes = [max(len(a.ids), len(b.ids)) + len(c) for a, b, c in zip(prompts, hinted, responses)]
     groups = []
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
         # longest first: the first row of a group sets its width
@@ -344,56 +296,48 @@ def micro_batches(prompts, hinted, rollout, budget: int) -> list[list[int]]:
     return groups
 
 
-# ---------------------------------------------------------------------------- what is measured
+def response_states(processor, responses, hidden, prompts, model, rows) -> torch.Tensor:
+    """(N, D) hidden states that predict each response token of these rows.
 
-class Clock:
-    """Seconds and tokens per second of each phase of a step."""
-
-    def __init__(self):
-        self.start, self.laps = time.perf_counter(), {}
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name], self.start = now - self.start, now
-
-    def metrics(self, tokens: int) -> dict:
-        out = {f"{k}_seconds": round(s, 3) for k, s in self.laps.items()}
-        return out | {f"{k}_tokens_per_second": round(tokens / s) for k, s in self.laps.items()}
-
-
-class Totals:
-    """Sums over micro-batches, so that a step reports all of its tokens and not the last ones."""
-
-    def __init__(self):
-        self.loss = self.entropy = 0.0
-        self.gaps = {"front": [0.0, 0], "back": [0.0, 0]}
-
-    def add(self, nats, weights, lengths, stats) -> None:
-        self.loss += float((nats * weights).sum())
-        self.entropy += float((stats["entropy"] * weights).sum())
-        place = torch.cat([torch.arange(n, device=nats.device) < n / 2 for n in lengths.tolist()])
-        for name, half in (("front", place), ("back", ~place)):       # figure 3's two halves
-            self.gaps[name][0] += float(stats["gap"][half].sum())
-            self.gaps[name][1] += int(half.sum())
-
-    def metrics(self) -> dict:
-        sums = self.loss, self.entropy, *self.gaps["front"], *self.gaps["back"]
-        loss, entropy, front, n_front, back, n_back = map(sum, zip(*sharding.gather(sums)))
-        return {"loss": loss, "entropy": entropy, "gap_front": front / max(1, n_front),
-                "gap_back": back / max(1, n_back)}
+    prompts, responses: of all rows. hidden(model, batch) -> (B, W, D).
+    """
+    both = [replace(prompts[row], ids=prompts[row].ids + responses[row]) for row in rows]
+    batch = processor.batch(both, side="right", device=model.device)
+    # padding only follows, and no token looks ahead: without a mask the kernels are faster
+    del batch["attention_mask"], batch["mm_token_type_ids"]
+    end = torch.tensor([len(prompts[row].ids) for row in rows], device=model.device)[:, None]
+    lengths = torch.tensor([len(responses[row]) for row in rows], device=model.device)[:, None]
+    cue = getattr(model, "cue_recovery", None)
+    with cue.prompt(end[:, 0]) if cue else nullcontext():
+        states = hidden(model, batch)                                                  # (B, W, D)
+    # the state at column t predicts the token at t + 1, so the response is read one column early
+    place = torch.arange(states.shape[1], device=model.device) - (end - 1)             # (B, W)
+    return states[(place >= 0) & (place < lengths)]
 
 
-def describe(rollout: Rollout, answers: list[str]) -> dict:
-    """Length, share cut off, and the word "hint" in the answers (those of all processes)."""
-    hints, lengths, stopped = zip(*sharding.gather((
-        [evaluate.count_hints(answer) for answer in answers],
-        rollout.lengths.cpu(), rollout.stopped.cpu())))
-    hints, lengths, stopped = sum(hints, []), torch.cat(lengths), torch.cat(stopped)
-    return {"length": float(lengths.float().mean()), "tokens": int(lengths.sum()),
-            "cut_off": float((~stopped).float().mean()),
-            "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints)}
+def last_hidden_state(model, batch: dict) -> torch.Tensor:
+    return model.model(**batch, use_cache=False).last_hidden_state
+
+
+def teacher_states(teacher, groups, read):
+    """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D)."""
+    for rows in groups:
+        with teaching.at_work(teacher):
+            states = read(teacher, rows)
+        # out of at_work: if the teacher is the student, its module is on again while that one reads
+        yield rows, states, teacher.lm_head.weight
+
+
+@dataclass
+class Scale:
+    """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
+    decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
+    sampling: Callable = nullcontext          # around sampling: the student's weights in one place
+    hidden: Callable = last_hidden_state      # (model, batch) -> last hidden states
+    teach: Callable = teacher_states          # (teacher, groups, read) -> what teacher_states yields
+    even_out: Callable | None = None          # makes the micro-batches of several ranks alike
+    read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
+    halved: bool = False                      # a step ran out of memory before
 
 
 # ---------------------------------------------------------------------------- the run
@@ -403,18 +347,21 @@ def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
     config.data = config.data or str(toy.default() / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
     needs = () if config.privilege == "none" else (config.privilege,)
-    train = record_files.load(config.data, needs)
-    test = record_files.load(config.eval_data, needs)
-    # the teacher's prompt is the student's and a line more, so its length decides for both
-    fits = [processor.length(r, teaching.hint(r, config.privilege)) <= config.max_prompt_tokens
-            for r in train]
-    kept = [record for record, ok in zip(train, fits) if ok]
-    if not kept:
-        raise ValueError(f"{config.data}: no prompt fits in --max-prompt-tokens "
-                         f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
-    print(f"{len(kept)} training records from {config.data}"
-          + f", {len(train) - len(kept)} left out as longer than {config.max_prompt_tokens} tokens")
-    return kept, test[:config.eval_limit or None]
+    out = []
+    for path, limit, kind in ((config.data, None, "training"),
+                              (config.eval_data, config.eval_limit or None, "test")):
+        records = [{"instruction": config.instruction, **r}
+                   for r in record_files.load(path, needs)][:limit]
+        # the teacher's prompt is the student's and a line more, so its length decides for both
+        kept = [r for r in records if processor.length(r, teaching.hint(r, config.privilege))
+                <= config.max_prompt_tokens]
+        if not kept:
+            raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
+                             f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
+        print(f"{len(kept)} {kind} records from {path}, {len(records) - len(kept)} left out as "
+              f"longer than {config.max_prompt_tokens} tokens")
+        out.append(kept)
+    return tuple(out)
 
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
@@ -432,190 +379,185 @@ def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]
 def choose_weights(student, train: str) -> list:
     """Mark what is trained; returns [(name, parameter)], shared weights once."""
     for name, parameter in student.named_parameters():
-        cue = name.startswith("cue_recovery.")
-        parameter.requires_grad_(cue or train == "all"
+        added = name.startswith(("cue_recovery.", "lora."))
+        parameter.requires_grad_(added or train == "all"
                                  or (train == "language" and not name.startswith("model.visual.")))
     return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
 
 
-def build_models(config: Config):
-    """Student (with the module), teacher (without), and the student's processor."""
-    if config.offload_teacher and config.teacher == "ema":
-        raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
-                         "stay beside the student")
-    if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
-        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
-                         "several, each holds its slice on its own GPU")
-    budget = dict(min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None)
-    options = dict(dtype=config.dtype or None, device=config.device or None,
-                   attention=config.attention, **budget)
-    options = sharding.load_options(options)
-    student, processor = qwen.load(config.student, **options)
-    if config.teacher == "self" and config.train == "cue" and sharding.world == 1:
-        teacher = student        # its backbone stays as it is; the module is off while it teaches
-    elif config.teacher in ("self", "ema"):
-        teacher = teaching.frozen_copy(student)
-        if config.teacher == "ema":
-            teacher = teacher.float()        # in bf16 an average would be rounded to where it was
-    else:
-        there = {"device": "cpu"} if config.offload_teacher else {}
-        teacher, other = qwen.load(config.teacher, cue=False,
-                                   **{**options, "dtype": student.dtype, **there})
-        teaching.check_same_vocabulary(processor.vocab, other.vocab, len(student.lm_head.weight),
-                                       len(teacher.lm_head.weight))
-        if (processor.patch, processor.merge) != (other.patch, other.merge):
-            raise ValueError(f"student and teacher cut pictures into patches of {processor.patch} "
-                             f"and {other.patch} pixels, so they cannot read the same prompt")
-        print(f"stop ids: student {sorted(processor.stop_ids)}, teacher {sorted(other.stop_ids)}")
-        teaching.freeze(teacher)
-    if config.offload_teacher and teacher is not student:
-        teacher.to("cpu")
-    if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
-        depth = student.config.text_config.num_hidden_layers
-        cue_recovery.attach(student, config.every or min(5, max(1, depth // 3)), seed=config.seed,
-                            sink=config.sink)
-    if config.gradient_checkpointing:
-        # renamed in transformers 5.24, the old name warns
-        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
-    for model in (student, teacher):         # last: by now every hook is registered
-        sharding.shard(model)
-    return student, teacher, processor
+def scale_for(config: Config, student, teacher, processor) -> Scale:
+    """The parts of scale/ that this run needs."""
+    scale = Scale(decoder=FastDecoder)
+    if sharding.world > 1:
+        def teach(*arguments):
+            yield from teacher_states(*arguments)
+            sharding.release(teacher)
+        return Scale(FastDecoder, sharding.gathered, sharding.last_hidden_state, teach,
+                     partial(sharding.even_out, processor))
+    if config.offload_teacher:
+        scale.teach = partial(offload.teach, student.device)
+    if config.train != "all" and config.teacher == "self":
+        # one frozen tower in both models: each picture goes through it once, not three times
+        scale.read_pictures = lambda prompts: vision.read_once(
+            prompts, student, teacher, rows=config.sample_batch)
+    return scale
 
 
 def print_settings(config: Config, student, teacher, weights) -> None:
-    millions = {"student": sum(p.numel() for p in student.parameters()) / 1e6,
-                "teacher": sum(p.numel() for p in teacher.parameters()) / 1e6,
-                "trained": sum(p.numel() for _, p in weights) / 1e6}
-    cue = getattr(student, "cue_recovery", None)
     print("\n".join(f"  {name:22} {value}" for name, value in asdict(config).items()))
+    millions = {name: sum(p.numel() for p in parameters) / 1e6 for name, parameters in (
+        ("student", student.parameters()), ("teacher", teacher.parameters()),
+        ("trained", (p for _, p in weights)))}
     print(", ".join(f"{name} {size:.2f} M" for name, size in millions.items())
           + f" parameters, {student.dtype} on {student.device}, {torch.get_num_threads()} threads")
+    cue = getattr(student, "cue_recovery", None)
     if cue is not None:
         print(f"cue recovery before layers {[layer + 1 for layer in cue.settings()['layers']]}: "
               f"{sum(p.numel() for p in cue.parameters()) / 1e6:.2f} M parameters")
 
 
-def evaluate_on(model, processor, test, config, privilege="none", label="") -> tuple[list, dict]:
-    with sharding.gathered(model):
+def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
+    """(graded rows, their summary) of the test records, greedily; shared by all processes."""
+    with scale.sampling(model):
         rows = evaluate.evaluate(model, processor, sharding.share(test),
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
                                  batch_size=min(64, config.sample_batch),
                                  label=label if sharding.is_main() else "")
     rows = sharding.collect(rows)
-    return rows, evaluate.summarise(rows)
+    summary = evaluate.summarise(rows)
+    if summary["unparsed"] > 0.1:
+        tqdm.write(evaluate.unparsed_warning(rows))
+    return rows, summary
 
 
-def evaluate_before(student, teacher, processor, test, config, folder) -> dict:
+def answer_gain(teacher, processor, test, config, scale) -> float:
+    """Nats per test record that the hint is worth to the teacher, without sampling a token:
+    log p(answer | hint) - log p(answer), the answer read as "\\boxed{...}"."""
+    records = sharding.share(test)
+    prompts, hinted = read_prompts(processor, records, config.privilege)
+    responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
+    groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
+    if scale.even_out:
+        groups = scale.even_out(groups, prompts, hinted, responses)
+    read, gain = partial(response_states, processor, responses, scale.hidden), 0.0
+    told = [states for _, states, _ in scale.teach(teacher, groups, partial(read, hinted))]
+    for rows, plain, head in scale.teach(teacher, groups, partial(read, prompts)):
+        stats, hidden = {}, told.pop(0)
+        tokens = [t for row in rows for t in responses[row]]
+        with torch.no_grad():
+            distill_loss(plain, hidden, head, head, stats=stats,
+                         tokens=torch.tensor(tokens, dtype=torch.long, device=plain.device))
+        gain += float(stats["gap"].sum())
+    return sharding.total(gain) / len(test)
+
+
+def evaluate_before(student, teacher, processor, test, config, scale, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
     path = folder / "before.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    before = sharding.from_main(found)
+    before = sharding.from_main(json.loads(path.read_text(encoding="utf-8"))
+                                if path.exists() else None)
     if before:
         return before
-    rows, base = evaluate_on(student, processor, test, config, label="base, no hint")
+    everything, test = len(test), test[:config.before_limit or None]
+    clock = time.perf_counter()
+    rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
+    clock = time.perf_counter() - clock
     print("base     " + evaluate.line(base))
-    with teaching.at_work(teacher, student.device if config.offload_teacher else None):
-        _, taught = evaluate_on(teacher, processor, test, config, config.privilege,
-                                "teacher, hinted")
-    print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
-    if config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02:
+    taught, useless = {}, False
+    if config.privilege != "none":
+        taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
+        print(f"the hint makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
+              f"teacher ({len(test[:64])} records, scored)")
+        useless = taught["answer_gain"] <= 0
+    if not config.score_privilege:
+        visit = offload.brought(teacher, student.device)
+        with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
+            taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
+                                  "teacher, hinted")[1]
+        print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
+        useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
+    if useless:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
               "little to learn. Look at the hints, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before
+    return before | {"seconds": clock * everything / len(test)}
 
 
-def train_loop(student, teacher, processor, train, test, config, optimizer, folder, start) -> None:
-    """Steps start .. config.steps - 1, each logged as a line of metrics.jsonl."""
-    stop = longrun.StopSignal()
-    log = sharding.from_main(checkpoint.read_jsonl(folder / "metrics.jsonl"))
-    if longrun.spent(log, config):           # resumed after its end
-        return
-    clock = time.perf_counter()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="distil",
-               dynamic_ncols=True, disable=not sharding.is_main())
+def run_step(student, teacher, processor, records, config, step, optimizer, scale):
+    """training_step on this process's share. Returns the metrics and an answer to each record.
+
+    Out of memory, rows and micro-batches are halved once and the step begins again: it draws the
+    same tokens, however it is cut.
+    """
+    def attempt():
+        return training_step(
+            student, teacher, processor, sharding.share(records),
+            sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
+
+    try:
+        done = attempt()
+    except torch.OutOfMemoryError:
+        if sharding.world > 1 or scale.halved:
+            raise
+        done = None           # what the failed step holds is freed only behind this block
+    if done is None:
+        scale.halved = True
+        checks.halve(config, student)
+        done = attempt()
+    sums, rollout = done
+    answers = sharding.collect(decoded(rollout, processor.decode, config.samples_per_prompt))
+    metrics = metrics_of(step + 1, sharding.gather(sums), sum(answers, []))
+    return metrics, [responses[0]["response"] for responses in answers]
+
+
+def train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+               before) -> None:
+    """The steps that are left, each logged as a line of metrics.jsonl."""
+    log = longrun.Log(folder, config, before.get("seconds", 0))
+
+    def ask(done: int) -> dict:
+        _, now = evaluate_on(student, processor, test, config, scale)
+        tqdm.write(f"step {done:4}  {evaluate.line(now)}")
+        return now
+
+    bar = tqdm(range(len(log.rows), log.end), initial=len(log.rows), total=config.steps,
+               desc="distil", dynamic_ncols=True, disable=not sharding.is_main(),
+               bar_format=longrun.BAR)
     for step in bar:
         records = batch_of(train, step, config.batch_size, config.seed)
-        metrics, answers = training_step(student, teacher, processor, records, config, step,
-                                         optimizer)
-        done = step + 1
-        log.append(metrics)
-        if len(log) >= 5 and all(m["skipped"] for m in log[-5:]):
-            raise FloatingPointError(f"step {done}: the gradient was not finite five times in a "
-                                     "row; lower --lr, or use --dtype float32")
+        metrics, answers = run_step(student, teacher, processor, records, config, step, optimizer,
+                                    scale)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
-                        tok_s=metrics["sample_tokens_per_second"])
-        # one clock for all processes: they must agree on when the time is up
-        metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
-        last = done == config.steps or longrun.spent(log, config)
-        if config.eval_every and done % config.eval_every == 0 and not last:
-            _, now = evaluate_on(student, processor, test, config)
-            metrics["accuracy"] = now["accuracy"]
-            tqdm.write(f"step {done:4}  {evaluate.line(now)}")
-            longrun.keep_samples(folder, done, records, answers, config.privilege)
-            longrun.keep_student(folder, done, now, student, processor, config)
-            metrics["seconds"] = sharding.from_main(round(time.perf_counter() - clock, 3))
-        clock = time.perf_counter()
-        if sharding.is_main():
-            checkpoint.append_jsonl(folder / "metrics.jsonl", metrics, sync=True)
-        asked = any(sharding.gather(stop.asked))     # a signal may reach one process a step earlier
-        if asked or last or done % config.save_every == 0:
-            longrun.save_state(folder, done, optimizer, teacher, config, fatal=asked or last)
-        if asked:
-            bar.close()
-            sharding.barrier()                       # torchrun ends all as soon as one has left
-            print(f"stopped after step {done}; go on with\n  python distill.py --resume {folder}")
-            raise SystemExit(130)
-        if last:
-            bar.close()
+                        tok_s=metrics["sample_tokens_per_second"], left=log.time_left(metrics))
+        if log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
+                        optimizer):
             break
+    bar.close()
 
 
-def finish(student, processor, test, config, folder, before, started) -> None:
+def finish(student, processor, test, config, scale, folder, before, started) -> None:
     """Last evaluation, checkpoint, result.json and the table."""
-    rows, after = evaluate_on(student, processor, test, config, label="student, no hint")
+    rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
     save = longrun.student_saver(student, processor)
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
-    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
-    metrics[-1]["accuracy"] = after["accuracy"]
-    checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
-    best = max((m for m in metrics if "accuracy" in m), key=lambda m: m["accuracy"])
-    if config.keep:
-        best = checkpoint.keep_best(folder, longrun.evaluation(metrics[-1]["step"], after), save)
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    result = {f"{name}_{key}": value for name, summary in models.items()
-              for key, value in summary.items() if key != "n"}
-    result |= {"n": after["n"], "seconds": round(time.time() - started, 1),
-               "steps": len(metrics), "tokens": sum(m.get("tokens", 0) for m in metrics),
-               "best": {"step": best["step"], "accuracy": best["accuracy"],
-                        "folder": "best" if config.keep else None},
-               "hint_rows": sum(m["hint_rows"] for m in metrics),
-               "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
-               "parameters_added": sum(p.numel() for name, p in student.named_parameters()
-                                       if name.startswith("cue_recovery."))}
-    checkpoint.write_json(folder / "result.json", result)
-    print(evaluate.before_after(before["rows"], rows))
-    print(evaluate.table(models))
-    why = longrun.spent(metrics, config)
-    if why and len(metrics) < config.steps:
-        print(f"ended by {why} after step {len(metrics)} of {config.steps}; raise it to go on")
-    print(f"best of {sum('accuracy' in m for m in metrics)} evaluations: step {best['step']}, "
-          f"accuracy {evaluate.percent(best['accuracy'])} %"
-          + (f", kept in {folder / 'best'}" if config.keep else ""))
-    print(f"rollouts with the word \"hint\": {result['hint_rows']} of {result['rollouts']}\n"
-          f"{result['seconds']:.0f} s; checkpoint: {folder / 'checkpoint'}; evaluate it again with"
-          f"\n  python evaluate.py --model {folder / 'checkpoint'}")
+    lines = longrun.write_result(folder, config, models, save, time.time() - started, student)
+    shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
+    print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
 
 @sharding.peers()
 def main(argv=None) -> None:
     config, resume = read_config(argv)
     qwen.quiet()
+    if config.threads and "OMP_NUM_THREADS" not in os.environ:
+        # two threads that share a busy core wait for each other at every product: docs/speed.md
+        torch.set_num_threads(config.threads)
     started = time.time()
     try:
         if config.plan:
@@ -626,16 +568,21 @@ def main(argv=None) -> None:
         if not resume and (folder / "args.json").exists():
             raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
                                   f"--resume {folder}")
-        student, teacher, processor = build_models(config)
-        with sharding.main_first():
+        with sharding.main_first():                  # what is cheap to know, before a weight is read
+            processor = checks.check_models(config)
             train, test = prepare_data(config, processor)
+        if sharding.is_main():
+            checks.check_memory(config)
+        config = sharding.from_main(config)
+        student, teacher, processor = build_models(config)
         weights = choose_weights(student, config.train)
         optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
                               steps=config.steps, final=config.final_lr, clip=config.clip,
                               weight_decay=config.weight_decay,
                               device="cpu" if config.offload_optimizer else None)
         print_settings(config, student, teacher, weights)
-        start = longrun.resume(folder, optimizer, teacher, config) if resume else 0
+        if resume:
+            longrun.resume(folder, optimizer, teacher, config)
         if sharding.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "args.json", asdict(config))
@@ -644,9 +591,17 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
         raise SystemExit(f"distill.py: {error}")
     try:
-        before = evaluate_before(student, teacher, processor, test, config, folder)
-        train_loop(student, teacher, processor, train, test, config, optimizer, folder, start)
-        finish(student, processor, test, config, folder, before, started)
+        scale = scale_for(config, student, teacher, processor)
+        before = evaluate_before(student, teacher, processor, test, config, scale, folder)
+        train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+                   before)
+        finish(student, processor, test, config, scale, folder, before, started)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"distill.py: out of memory with --sample-batch {config.sample_batch} "
+                         f"--micro-batch-tokens {config.micro_batch_tokens}; go on with less: "
+                         f"python distill.py --resume {folder} --sample-batch "
+                         f"{max(1, config.sample_batch // 2)} --micro-batch-tokens "
+                         f"{max(1, config.micro_batch_tokens // 2)}") from None
     except OSError as error:                      # a full disk: what was saved before is whole
         raise SystemExit(f"distill.py: {error}; when this is mended, go on with "
                          f"python distill.py --resume {folder}") from error

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -30,14 +29,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import model as qwen
 import teacher as teaching
 from benchmarks import readers
 from benchmarks.counting import grid, interval, percent
 from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
-from model import load, quiet
 from rollout import sample
 from scale.checkpoint import write_jsonl
+from scale.checks import check_placement
+from scale.decoder import FastDecoder
+from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
@@ -82,10 +84,10 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
         prompts = (processor.prompt(r, hint(r)) for r in map(with_frames, part))
         read = processor.in_turn(prompts, model.device)
         got = sample(model, read(batch_size), more=read, max_new_tokens=max_new_tokens,
-                     temperature=temperature, top_p=top_p, top_k=top_k,
+                     temperature=temperature, top_p=top_p, top_k=top_k, decoder=FastDecoder,
                      presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
-               in zip(part, got.ids, got.lengths.tolist(), got.stopped.tolist())]
+               in zip(part, got.ids.tolist(), got.lengths.tolist(), got.stopped.tolist())]
 
 
 def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
@@ -111,11 +113,6 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 
 # ---------------------------------------------------------------------------- count
 
-def count_hints(response: str) -> int:
-    """How often the word "hint" stands there: whole word, any case (table 8)."""
-    return len(re.findall(r"\bhint\b", response, re.IGNORECASE))
-
-
 def summarise(rows: list[dict]) -> dict:
     """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""
     n = len(rows)
@@ -137,7 +134,16 @@ def line(summary: dict) -> str:
     text = f"accuracy {percent(summary['accuracy'], summary['interval'])} %"
     if "grounded" in summary:
         text += f"  grounded {percent(summary['grounded'])} %"
-    return text + f"  length {summary['length']:.0f}  n {summary['n']}"
+    return (text + f"  unparsed {percent(summary['unparsed'])} %  length {summary['length']:.0f}"
+            f"  n {summary['n']}")
+
+
+def unparsed_warning(rows: list[dict]) -> str:
+    """What to say when many answers cannot be read: one of them, and the likely cause."""
+    lost = [row for row in rows if row["extracted"] is None]
+    return (f"WARNING: no answer was found in {len(lost)} of {len(rows)} responses, which count as "
+            f"wrong. The first ({lost[0]['id']}): {lost[0]['response'][-300:]!r}. Ask for a box "
+            "(--instruction), or give more --max-new-tokens if it was cut off.")
 
 
 def table(summaries: dict[str, dict]) -> str:
@@ -194,6 +200,8 @@ def read_arguments(argv) -> argparse.Namespace:
                         help="first so many records, 0 for all, -1 for the run's own or all")
     parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
                         help="give the model this hint, as a teacher would see it")
+    parser.add_argument("--instruction", help="behind each question that has none of its own "
+                        "(default: the run's; for a hub model: to reason and box the answer)")
     parser.add_argument("--out", default="", help="write every question and answer here as JSONL")
     parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
     parser.add_argument("--image", action="append", default=[],
@@ -213,7 +221,7 @@ def main(argv=None) -> None:
         if word in MOVED:
             raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
     args = read_arguments(argv)
-    quiet()
+    qwen.quiet()
     try:
         main_records(args) if args.ask is None else main_ask(args)
     except (ValueError, OSError, ImportError) as error:
@@ -225,13 +233,15 @@ def run_settings(model: Path) -> dict:
     for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
         if (run / "args.json").exists():
             return json.loads((run / "args.json").read_text(encoding="utf-8"))
-    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024,
-            "min_pixels": 0, "max_pixels": 0}
+    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024, "min_pixels": 0,
+            "max_pixels": 0, "instruction": "" if model.resolve() == qwen.TINY else
+            qwen.INSTRUCTION}
 
 
 def load_asked(args, own: dict):
     """The model of the command line. own: its run's settings, where nothing is typed."""
-    return load(args.model, args.dtype or None, args.device or None,
+    device, dtype = check_placement(args.device, args.dtype)
+    return qwen.load(args.model, dtype, device,
                 min_pixels=args.min_pixels or own["min_pixels"] or None,
                 max_pixels=args.max_pixels or own["max_pixels"] or None)
 
@@ -241,7 +251,9 @@ def main_records(args) -> None:
     data = args.data or own["eval_data"] or str(toy.default() / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
     needs = () if args.privilege == "none" else (args.privilege,)
-    records = record_files.load(data, needs)[:limit or None]
+    instruction = own.get("instruction", "") if args.instruction is None else args.instruction
+    records = [{"instruction": instruction, **record}
+               for record in record_files.load(data, needs)[:limit or None]]
     model, processor = load_asked(args, own)
     rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
                     label="evaluate", **{name: getattr(args, name) for name in DECODING},
@@ -263,7 +275,8 @@ def main_ask(args) -> None:
             raise ValueError(f"--image {path}: cannot be read: {reason}") from None
     own = run_settings(Path(args.model))
     model, processor = load_asked(args, own)
-    record = {"id": "of --ask", "images": args.image, "question": args.ask}
+    record = {"id": "of --ask", "images": args.image, "question": args.ask, "instruction":
+              own.get("instruction", "") if args.instruction is None else args.instruction}
     batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
     got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
                  temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,

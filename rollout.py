@@ -1,9 +1,9 @@
 """rollout.py - the hand-written sampling loop: the student answers its own prompts.
 
 The idea.  On-policy distillation trains on what the student itself says. `sample` reads a batch of
-left-padded prompts once (prefill), keeps the key/value cache, and then draws one token a row until
-the row emits a stop id or the limit is reached. Rows that have stopped leave the batch, and prompts
-that wait take their places. Several samples of one prompt share its prefill.
+left-padded prompts once (prefill) and then draws one token a row and step, until a row emits a stop
+id or reaches the limit. A row that has stopped leaves the batch, and a prompt that waits may take
+its place. Several samples of one prompt share its prefill.
 
     prompts (B, L), left-padded          responses (B, T), right-padded
       . . a b c d   ->                     x y z <stop>
@@ -12,30 +12,28 @@ that wait take their places. Several samples of one prompt share its prefill.
 In:  the model, the keyword arguments of its forward call (input_ids, attention_mask, pictures,
      ...), the sampling settings, a seeded generator.
 Out: Rollout(ids, lengths, stopped, logprobs).
-`append_response` then puts prompt and response together again, for a teacher or a student to score.
+`append_response` then joins prompt and response again, for a teacher or a student to score.
 
 The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits after the penalties
 and bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting
 the cumulative distribution at one uniform number per row and step:  first token with cdf > u.
 
-Use it alone: imports torch only; works with Qwen3-VL of transformers 5.4 and later.
+Two decoders.  What the loop needs of a model is three methods: read prompts, one step, keep these
+rows. PlainDecoder below has them on the model's own cache, so this file works alone (torch only;
+Qwen3-VL of transformers 5.4 and later). scale/decoder.py has a faster one, with the same tokens:
+sample(model, batch, ..., decoder=FastDecoder).
 
 Choices a reader may wonder about:
 1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
    tokens do not depend on when its neighbours stop, and a seed gives the same draws anywhere.
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
-3) Penalties look at generated tokens only, never at the prompt (vLLM's meaning of presence penalty;
-   transformers' repetition penalty would include the prompt).
-4) The cache is our own (KVCache below): a token is written into its place in a buffer, where
-   transformers' copies all it holds to append one; and a row that stops gives its place to the last
-   running row, so that one row is copied instead of all. Measured in tests/speed/README.md.
-   When further prompts join, all is copied once; columns at which no row looks any more are
-   dropped.
-5) Decoding runs in inference mode, which saves bookkeeping at every operation. The prefill does
-   not, so that what a hook or a sharded model keeps from it are ordinary tensors.
-6) Every step calls the whole model, not its decoder or its layers: hooks, adapters and sharding see
-   each step. A decoder step written out by hand is faster at small sizes, and would skip them all.
+3) Penalties look at generated tokens only, never at the prompt (as vLLM's presence penalty does).
+4) Steps run in inference mode, where operations are cheaper. The prefill does not, so what a hook
+   or a sharded model keeps from it are ordinary tensors.
+5) A step calls the whole model, so that hooks, adapters and sharding see it. Written out layer by
+   layer it would be faster at small sizes, and skip them all.
+6) The host waits for the device once a step, to hear which rows stopped or are NaN.
 Left out: beam search, speculative decoding, contrastive anything.
 """
 from __future__ import annotations
@@ -44,11 +42,12 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 # Dimension letters: B prompts, K samples of each, R rows still running (of B K), L prompt tokens,
 # T response tokens, V vocabulary.
 
-JOIN = 8         # prompts that wait are read when one place in so many is free
+JOIN = 8         # waiting prompts are read when one place in so many is free
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -74,107 +73,130 @@ class Rollout:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
-@dataclass
-class Running:
-    """The R rows that have not stopped yet. Each field is (R,), the last (R, V)."""
-    at: torch.Tensor           # the row's place in the result
-    drawn: torch.Tensor        # how many tokens it has said
-    read: torch.Tensor         # tokens of its prompt, without padding
-    position: torch.Tensor     # rotary position of its first response token
-    logits: torch.Tensor       # of its next token
+class PlainDecoder:
+    """What the loop needs of a model, on the cache that its class makes."""
+    joins = False              # may read() add rows while others are running?
 
-    def __len__(self):
-        return len(self.at)
+    def __init__(self, model):
+        self.model, self.cache = model, None
+        self.cache_name = "cache" if "cache" in inspect.signature(
+            type(model).forward).parameters else "past_key_values"    # renamed in transformers 5.24
 
-    def __getitem__(self, which):
-        return Running(*(field[which] for field in vars(self).values()))
+    def read(self, batch, K: int):
+        """Prefill B prompts, make K rows of each. Returns (B K, V): logits of the first tokens."""
+        self.cache = None                                          # frees the last prompts' first
+        self.cache, logits, self.mask, self.position = self.prefill(batch, K)
+        if K > 1:
+            self.cache.batch_repeat_interleave(K)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens):
+        """Append one token (R,) to each row. Returns (R, V): logits of the next."""
+        self.mask = pad(self.mask, (0, 1), value=1)                # (R, L + t)
+        return self.forward(tokens, self.mask)
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> list[int]:
+        """Forget all but these rows. Returns them in the order in which they now stand."""
+        index = torch.tensor(rows, dtype=torch.long).to(self.mask.device, non_blocking=True)
+        self.cache.batch_select_indices(index)
+        self.mask, self.position = self.mask[index], self.position[index]
+        return rows
+
+    def prefill(self, batch, K: int):
+        """The cache (B rows), and for B K rows: logits (B K, V), mask (B K, L), next position."""
+        mask, positions = batch["attention_mask"], rope_positions(self.model, batch)
+        output = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True,
+                            position_ids=positions, logits_to_keep=1,
+                            **{k: batch[k] for k in PICTURES if k in batch})
+        rows = output.logits[:, -1], mask, position_after(positions, mask)
+        return getattr(output, self.cache_name), *(x.repeat_interleave(K, dim=0) for x in rows)
+
+    def forward(self, tokens, mask):
+        """Logits (R, V) behind one more token a row."""
+        output = self.model(input_ids=tokens[:, None], attention_mask=mask, use_cache=True,
+                            position_ids=self.position.expand(3, -1)[..., None],    # (3, R, 1)
+                            **{self.cache_name: self.cache})
+        self.position = self.position + 1
+        return output.logits[:, -1]
 
 
 @torch.no_grad()
 def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
            stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, more=None,
-           generator=None, uniforms=None) -> Rollout:
+           generator=None, uniforms=None, decoder=PlainDecoder) -> Rollout:
     """Sample responses to every prompt of `batch`; see the header for what and why.
 
     temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted
     once from every id already generated; repetition_penalty divides positive and multiplies
     negative logits of them. samples_per_prompt K: row b K + k of the result is sample k of prompt
     b, and the prompt is read once for all K.
-    more: a function that makes a batch of at most n prompts that wait, or None if none do; their
-    rows follow in the result. As many prompts run at a time as `batch` has: when an eighth of them
-    have stopped, so many are asked for, and as many as there were when all have.
+    more: a function that makes a batch of at most n waiting prompts, or None if none are left;
+    their rows follow in the result. As many prompts run at a time as `batch` has. It is called
+    when all have stopped, or, if the decoder can add rows, when an eighth of them have.
     uniforms (rows of the result, max_new_tokens) in [0, 1): the numbers to draw with, in place of
     the generator's. Then no token depends on how the prompts are cut into batches.
-    The model is put in eval mode, and back.
+    decoder: PlainDecoder, or a class with the same methods.
+    The model is put in eval mode, and back. NaN logits raise a FloatingPointError.
     """
-    device, K = batch["input_ids"].device, samples_per_prompt
-    cache_name = "cache" if "cache" in inspect.signature(
-        type(model).forward).parameters else "past_key_values"    # renamed in transformers 5.24
+    device, K, places = batch["input_ids"].device, samples_per_prompt, len(batch["input_ids"])
     stop = torch.tensor(sorted(stop_ids), device=device)
     banned = torch.tensor(list(banned_ids), device=device, dtype=torch.long)
     uniforms = None if uniforms is None else uniforms.to(device)
     penalised = presence_penalty != 0 or repetition_penalty != 1
-
-    places = len(batch["input_ids"])                             # prompts that may run at a time
-    out = rows = cache = mask = None
+    out, step = _unwritten(0, max_new_tokens, pad_id, device), 0
+    # of each row that runs, (R,): its place in the result, and how many tokens it has drawn
+    at = drawn = out.lengths
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     model.eval()
+    decoder = decoder(model)
     try:
-        while batch is not None or rows:
-            # 1) prefill: read prompts when there is room for them, and make K rows of each
+        while True:
+            # 1) prefill: the batch, and later prompts that wait, whenever there is room for them
+            batch = batch or _waiting(more, len(at), places, K, decoder.joins)
             if batch is not None:
                 _check(batch["attention_mask"], max_new_tokens, temperature, top_p, top_k,
                        repetition_penalty, K)
-                cache = cache if rows else None
-                found, new = _prefill(model, batch, K, cache_name)
-                new.at += len(out.ids) if out else 0
-                cache = _joined(cache, found, K, len(rows or ()))
-                columns = max(columns if rows else 0, batch["input_ids"].shape[1])
-                rows = _and(rows, new)
-                out = _and(out, _unwritten(len(new), max_new_tokens, pad_id, device))
-                mask = _decode_mask(model, rows.read + rows.drawn, columns, max_new_tokens)
-                batch = _waiting(more, cache, len(rows), places, K)
+                new = decoder.read(batch, K)                                        # (B K, V)
+                logits, batch = torch.cat([logits, new]) if len(at) else new, None  # (R, V)
+                blank = _unwritten(len(new), max_new_tokens, pad_id, device)
+                at = torch.cat([at, torch.arange(len(new), device=device) + len(out.ids)])
+                drawn = torch.cat([drawn, blank.lengths])
+                out = Rollout(*map(torch.cat, zip(vars(out).values(), vars(blank).values())))
                 continue
-            with torch.inference_mode():
-                # 2) the distribution of the next token
-                # a copy: penalties and bans are written in place, and these are the model's own
-                logits, t = rows.logits.to(torch.float32, copy=True), rows.drawn    # (R, V), (R,)
-                if penalised:
-                    _penalise(logits, out.ids[rows.at], t, presence_penalty, repetition_penalty)
-                if len(banned):
-                    logits[:, banned] = float("-inf")
-                # 3) draw, on every row so far, so that finished neighbours change nothing
-                uniform = None
-                if temperature > 0:
-                    uniform = uniforms[rows.at, t] if uniforms is not None else torch.rand(
-                        len(out.ids), generator=generator, dtype=torch.float64).to(device)[rows.at]
-                tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
-                out.ids[rows.at, t], out.logprobs[rows.at, t] = tokens, logprobs
-                rows.drawn = t + 1
-                # 4) rows that stopped leave the batch
-                stopped = (tokens[:, None] == stop).any(dim=1)
-                done = stopped | (rows.drawn == max_new_tokens)
-                if bool(done.any()):
-                    out.stopped[rows.at], out.lengths[rows.at] = stopped, rows.drawn
-                    keep = _close_gaps(done)
-                    rows, tokens = rows[keep], tokens[keep]
-                    mask = None if mask is None else mask[keep]
-                    if rows:
-                        cache.batch_select_indices(keep)
-                        blank = columns + 1 - int((rows.read + rows.drawn).max())
-                        if blank >= KVCache.ROOM and isinstance(cache, KVCache):
-                            cache.drop(blank, len(rows))   # columns at which nobody looks any more
-                            columns, mask = columns - blank, mask[..., blank:]
-                # 5) one forward step on the cache
-                if rows:
-                    columns += 1
-                    position = rows.position + rows.drawn - 1
-                    step = {cache_name: cache, "use_cache": True, "input_ids": tokens[:, None],
-                            "attention_mask": None if mask is None else mask[..., :columns],
-                            "position_ids": position.expand(3, -1)[..., None]}          # (3, R, 1)
-                    rows.logits = model(**step).logits[:, -1]
-            batch = _waiting(more, cache, len(rows), places, K)
+            if len(at) == 0:
+                break
+            # 2) draw. A copy: penalties and bans are written in place, and these are the model's
+            logits, uniform = logits.to(torch.float32, copy=True), None
+            if penalised:
+                _penalise(logits, out.ids[at, :step], drawn, presence_penalty, repetition_penalty)
+            if len(banned):
+                logits[:, banned] = float("-inf")
+            if temperature > 0:       # for all rows so far, so that finished ones change nothing
+                uniform = uniforms[at, drawn] if uniforms is not None else torch.rand(
+                    len(out.ids), generator=generator, dtype=torch.float64).to(
+                    device, non_blocking=True)[at]
+            tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
+            # 3) record
+            out.ids[at, drawn], out.logprobs[at, drawn] = tokens, logprobs
+            drawn, step = drawn + 1, step + 1
+            # 4) drop the rows that stopped. The host waits for the device here, and only here
+            stopped = (tokens[:, None] == stop).any(dim=1)
+            done, broken = torch.stack([stopped | (drawn == max_new_tokens),
+                                        logprobs.isnan()]).tolist()
+            if any(broken):
+                row = broken.index(True)
+                raise _not_a_number(step, int(at[row]), int(drawn[row]))
+            if any(done):
+                out.stopped[at], out.lengths[at] = stopped, drawn
+                order = decoder.keep([row for row, over in enumerate(done) if not over])
+                order = torch.tensor(order, dtype=torch.long).to(device, non_blocking=True)
+                at, drawn, tokens = at[order], drawn[order], tokens[order]
+            # 5) one step
+            if len(at):
+                logits = decoder.step(tokens)                                       # (R, V)
     finally:
         for module, training in modes:
             module.training = training
@@ -182,24 +204,12 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     return Rollout(out.ids[:, :T], out.lengths, out.stopped, out.logprobs[:, :T])
 
 
-def _waiting(more, cache, R: int, places: int, K: int):
-    """The next batch of prompts that wait, if there is room; only our own cache can be joined."""
+def _waiting(more, running: int, places: int, K: int, joins: bool):
+    """The next batch of prompts that wait, or None: none are left, or there is no room yet."""
     few = max(1, places // JOIN)
-    if more is None or R and (R > K * (places - few) or not isinstance(cache, KVCache)):
+    if more is None or running and not (joins and running <= K * (places - few)):
         return None
-    return more(few if R else places)
-
-
-def _prefill(model, batch, K: int, cache_name: str):
-    """Read B prompts: the model's cache of them, and the B K rows that go on from there."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    positions = rope_positions(model, batch)                                        # (3, B, L)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                   logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
-    after, rows = position_after(positions, mask), K * len(ids)
-    return getattr(output, cache_name), Running(
-        torch.arange(rows, device=ids.device), torch.zeros_like(after).repeat_interleave(K),
-        *(x.repeat_interleave(K, dim=0) for x in (mask.sum(dim=1), after, output.logits[:, -1])))
+    return more(few if running else places)
 
 
 def _unwritten(rows: int, T: int, pad_id: int, device) -> Rollout:
@@ -207,13 +217,6 @@ def _unwritten(rows: int, T: int, pad_id: int, device) -> Rollout:
                    torch.zeros(rows, dtype=torch.long, device=device),
                    torch.zeros(rows, dtype=torch.bool, device=device),
                    torch.zeros(rows, T, device=device))
-
-
-def _and(some, others):
-    """The rows of two Rollouts, or of two Runnings, in one."""
-    if some is None:
-        return others
-    return type(some)(*map(torch.cat, zip(vars(some).values(), vars(others).values())))
 
 
 def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K) -> None:
@@ -229,19 +232,24 @@ def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, 
         raise ValueError("prompts must be left-padded: there is padding behind a token")
 
 
+def _not_a_number(step: int, row: int, token: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"decoding step {step}: the logits of row {row}, token {token} of its response, are NaN or "
+        "infinite. Likely the weights are: a learning rate that was too high, or a damaged file")
+
+
 # ---------------------------------------------------------------------------- the next token
 
 def _penalise(logits, ids, drawn, presence, repetition) -> None:
-    """In place. logits (R, V), ids (R, T), of which the first drawn (R,) have been said."""
-    if int(drawn.max()) == 0:
+    """In place. logits (R, V); ids (R, t), of which the first drawn (R,) are the row's own."""
+    if ids.shape[1] == 0:
         return
-    # what a row has not said yet is its last word again, and an id that occurs twice is written
-    # twice with the same value
-    place = torch.arange(int(drawn.max()), device=ids.device).minimum((drawn - 1)[:, None])
-    said = ids.gather(1, place.clamp(min=0))
-    before = logits.gather(1, said)
+    # unused slots repeat the row's last token; writing the same value twice is harmless
+    place = torch.arange(ids.shape[1], device=ids.device).minimum((drawn - 1)[:, None])
+    generated = ids.gather(1, place.clamp(min=0))                                   # (R, t)
+    before = logits.gather(1, generated)
     after = torch.where(before > 0, before / repetition, before * repetition) - presence
-    logits.scatter_(1, said, torch.where(drawn[:, None] > 0, after, before))
+    logits.scatter_(1, generated, torch.where(drawn[:, None] > 0, after, before))
 
 
 def _draw(logits, uniform, temperature, top_p, top_k):
@@ -259,7 +267,7 @@ def _draw(logits, uniform, temperature, top_p, top_k):
     probs = logits.softmax(-1)
     if top_p < 1:
         # keep a token if the mass before it is below top_p: the most likely one always stays
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        probs.masked_fill_(probs.cumsum(-1) - probs >= top_p, 0)
         probs /= probs.sum(-1, keepdim=True)
     index = _invert_cdf(probs, uniform)                                             # (R, 1)
     tokens = index if order is None else order.gather(1, index)
@@ -269,129 +277,22 @@ def _draw(logits, uniform, temperature, top_p, top_k):
 def _invert_cdf(probs, uniform, block: int = 128):
     """(R, 1): the first index of probs (R, V) whose cumulative probability is above `uniform`.
 
-    Summed in float64: over 151,936 words, float32 would be off by more than a rare token's whole
-    mass. But as one finds a word in a dictionary, first the page and then the word: sums of 128 are
-    exact enough in float32; only the pages' sums and one page's words are added up in float64.
+    Over 151,936 words a float32 sum is off by more than a rare token's mass, and a float64 one is
+    slow. So, as in a dictionary, first the page and then the word: only the pages' sums (of 128
+    words each) and one page's words are added up in float64.
     """
-    pages = torch.nn.functional.pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
+    pages = pad(probs, (0, -probs.shape[1] % block)).unflatten(1, (-1, block))
     cdf = pages.sum(-1).cumsum(-1, dtype=torch.float64)                             # (R, V / 128)
     target = (uniform * cdf[:, -1])[:, None]                                        # (R, 1)
-    page = torch.searchsorted(cdf, target, right=True)
-    before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, page)
+    # searchsorted puts NaN behind the end: the clamps keep such a row legal until it is refused
+    page = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1)
+    before = pad(cdf, (1, 0)).gather(1, page)
     words = pages[torch.arange(len(pages), device=page.device), page[:, 0]]         # (R, 128)
     cdf = before + words.cumsum(-1, dtype=torch.float64)
     # the two ways of adding a page differ in the last digits: never run past its last possible word
     target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(target)))
     word = torch.searchsorted(cdf, target, right=True)
-    return page * block + word
-
-
-# ---------------------------------------------------------------------------- the cache
-
-class KVCache:
-    """Keys and values of the running rows, with room for what comes: what the model calls a cache.
-
-    A buffer a layer, (2, rows, heads, capacity, d), first the keys and then the values. It grows by
-    ROOM tokens at a time, and then takes along only the rows that are still running. All rows end
-    in the same column: a prompt that joins longer answers has blank columns before it, which the
-    mask hides. The model asks a cache for nothing but update() and the three sizes.
-    """
-    ROOM = 128
-
-    def __init__(self, layers: int):
-        self.buffers, self.lengths = [None] * layers, [0] * layers
-
-    def join(self, layers, K: int, R: int) -> None:
-        """Put a prefill's layers, each row K times, behind our R rows; the layers are emptied."""
-        for i, layer in enumerate(layers):
-            both = torch.stack([layer.keys, layer.values]).repeat_interleave(K, dim=1)
-            layer.keys = layer.values = None        # or the prompt would be held twice
-            if R:
-                parts = self.buffers[i][:, :R, :, :self.lengths[i]], both
-                wide = max(part.shape[3] for part in parts)
-                both = torch.cat([torch.nn.functional.pad(part, (0, 0, wide - part.shape[3], 0))
-                                  for part in parts], dim=1)
-            self.lengths[i], self.buffers[i] = both.shape[3], self._grown(both)
-
-    def drop(self, columns: int, R: int) -> None:
-        """Leave out so many columns at the beginning; R rows are kept."""
-        for i, n in enumerate(self.lengths):
-            self.buffers[i] = self._grown(self.buffers[i][:, :R, :, columns:n])
-            self.lengths[i] = n - columns
-
-    def _grown(self, buffer):
-        return torch.nn.functional.pad(buffer, (0, 0, 0, self.ROOM))
-
-    def update(self, keys, values, layer: int, *args, **kwargs):
-        """Append one token a row, (R, heads, 1, d) each; returns all, (R, heads, n + 1, d) each."""
-        n, R, buffer = self.lengths[layer], keys.shape[0], self.buffers[layer]
-        if n == buffer.shape[3]:
-            buffer = self.buffers[layer] = self._grown(buffer[:, :R])
-        buffer[0, :R, :, n:n + 1], buffer[1, :R, :, n:n + 1] = keys, values
-        self.lengths[layer] = n + 1
-        return buffer[0, :R, :, :n + 1], buffer[1, :R, :, :n + 1]
-
-    def batch_select_indices(self, keep) -> None:
-        """Row i is now what row keep[i] was. Only rows that change their place are copied."""
-        moved = (keep != torch.arange(len(keep), device=keep.device)).nonzero()[:, 0]
-        for buffer, n in zip(self.buffers, self.lengths):
-            buffer[:, moved, :, :n] = buffer[:, keep[moved], :, :n]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.lengths[layer]
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: int, layer: int) -> tuple[int, int]:
-        return self.lengths[layer] + query_length, 0
-
-
-def _joined(cache, found, K: int, R: int):
-    """The cache that a prefill `found`, each row K times, behind the R rows that run on `cache`.
-
-    One of another kind than the usual is used as it is; then no rows run.
-    """
-    layers = getattr(found, "layers", [])
-    if layers and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
-        cache = cache if R else KVCache(len(layers))
-        cache.join(layers, K, R)
-        return cache
-    if K > 1:
-        found.batch_repeat_interleave(K)
-    return found
-
-
-def _close_gaps(done):
-    """Which row each place takes when rows that are done (R,) leave: the last ones fill the gaps.
-
-    >>> _close_gaps(torch.tensor([False, True, False, False, True, False])).tolist()
-    [0, 5, 2, 3]
-    """
-    left = (~done).nonzero()[:, 0]
-    keep = torch.arange(len(left), device=done.device)
-    keep[done[:len(left)]] = left[left >= len(left)]
-    return keep
-
-
-def _decode_mask(model, seen, columns: int, room: int):
-    """The mask of the next `room` steps, made once: each looks at one more column of it.
-
-    seen (R,): how many of the cache's columns, its last ones, are a row's own tokens. The result
-    (R, 1, 1, columns + room) is what the attention adds up or selects by, so it goes through the
-    model untouched, where a plain one is prepared anew every step. None when nothing is padded:
-    then attention has its fastest kernels.
-    """
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    mask = torch.arange(columns + room, device=seen.device) >= columns - seen[:, None]
-    if attention not in ("sdpa", "eager"):
-        return mask.long()                          # flash attention wants the plain one
-    if bool(mask.all()):
-        return None
-    mask = mask[:, None, None]
-    if attention == "sdpa":
-        return mask
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(model.dtype).min)
+    return (page * block + word).clamp(max=probs.shape[1] - 1)
 
 
 # ---------------------------------------------------------------------------- positions

@@ -27,7 +27,7 @@ Choices a reader may wonder about
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -59,39 +59,40 @@ def freeze(model):
 def frozen_copy(student):
     """A frozen copy of the student as it is now, without the recovery module."""
     teacher = copy.deepcopy(student)
-    if getattr(teacher, "cue_recovery", None) is not None:
-        teacher.cue_recovery.detach()
+    for part in added(teacher):
+        part.detach()
     return freeze(teacher)
 
 
-def carry(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The tensor on `device`, itself if it is there already."""
-    return tensor.to(device)
+def added(model) -> list:
+    """What was attached to a model and is trained beside it: the module, LoRA's adapters."""
+    parts = (getattr(model, name, None) for name in ("cue_recovery", "lora"))
+    return [part for part in parts if part is not None]
 
 
 @contextmanager
-def at_work(teacher, device=None):
-    """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
-
-    device: for a teacher that is kept in another memory between its turns; its weights are copied
-    there for this turn and the copies then dropped, since scoring changes no weight.
-    A teacher may be the student itself, if only the student's module is trained: off with it.
-    """
-    modes = [(module, module.training) for module in teacher.modules()]
-    home = [] if device is None else [
-        (tensor, tensor.data) for tensor in (*teacher.parameters(), *teacher.buffers())]
-    cue = getattr(teacher, "cue_recovery", None)
+def eval_mode(model):
+    """Eval mode meanwhile, then each part's own mode again: a frozen part may differ."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        teacher.eval()
-        for tensor, data in home:
-            tensor.data = carry(data, device)
-        with torch.no_grad(), nullcontext() if cue is None else cue.off():
-            yield teacher
+        yield model.eval()
     finally:
-        for tensor, data in home:
-            tensor.data = data
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def at_work(teacher):
+    """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
+
+    A teacher may be the student itself, if only what was added to it is trained: that is off then.
+    """
+    with ExitStack() as stack:
+        for part in added(teacher):
+            stack.enter_context(part.off())
+        stack.enter_context(eval_mode(teacher))
+        stack.enter_context(torch.no_grad())
+        yield teacher
 
 
 @torch.no_grad()

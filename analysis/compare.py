@@ -1,8 +1,8 @@
-"""analysis/compare.py - many runs as one table: which arm is better, by how much, how surely.
+"""analysis/compare.py - many runs as one table: which is better, by how much, how surely.
 
-The idea.  One run is one draw. Two arms (say, with and without the recovery module) differ for real
-only if they differ by more than two seeds of one arm do, so runs that differ in nothing but their
-seed make one row, and the interval of a row is over seeds.
+The idea.  One run is one draw. Runs that differ in nothing but their seed are one *arm* of the
+comparison, such as "with the recovery module". Two arms really differ only if they differ by more
+than two seeds of one arm do. So an arm is one row, and its interval is over seeds.
 
 In:  folders of runs (args.json, before.json, metrics.jsonl, result.json).
 Out: a table in Markdown, printed, and with --out NAME also in NAME.md and, for programs, NAME.csv.
@@ -14,13 +14,13 @@ Run  python analysis/compare.py runs/a0 runs/a1 runs/b0 runs/b1 --out grid
 
 How to read it
 1) A student's interval is over seeds (Student's t) and one seed has none. The base and the teacher
-   are one model each, asked greedily: their interval is over questions (Wilson), marked q. The two
-   answer different questions and neither contains the other.
-2) "gain over base" is student - base, seed by seed. "gain by the module" is this arm - the same arm
-   without the module, over the seeds that both have: paired, since the two share data order and, at
-   the start, the rollouts.
+   are one model each, decoded greedily: their interval is over questions (Wilson), marked q. The
+   two kinds of interval measure different things; do not compare their widths.
+2) "gain over base" is student - base, seed by seed. "gain by the module" is this arm minus the
+   same arm without the module, over the seeds that both have. Seeds are paired, because both arms
+   share the data order and the first rollouts.
 3) Hint counts are sums over all seeds of the row: while training, and among the test answers.
-4) A run without result.json is listed as unfinished. Nothing is dropped without a word.
+4) A run without result.json is listed as unfinished. Nothing is dropped silently.
 
 Left out: multiple-comparison corrections, and intervals over seeds and questions at once.
 """
@@ -42,10 +42,10 @@ from benchmarks.counting import grid  # noqa: E402
 from distill import Config  # noqa: E402
 from scale.checkpoint import read_run  # noqa: E402
 
-# Settings that do not make another arm: who is asked, where it runs, how the work is cut up.
+# Settings that do not make another arm: the seed, names, the machine, how work is cut up.
 NOT_ARM = ("seed", "name", "device", "attention", "sample_batch", "micro_batch_tokens",
-           "gradient_checkpointing", "eval_every", "save_every", "keep")
-MODULE = ("cue_recovery", "every", "cue_lr", "sink")     # what an arm without the module has not
+           "gradient_checkpointing", "eval_every", "save_every", "keep", "threads")
+MODULE = ("cue_recovery", "every", "cue_lr", "sink")     # an arm without the module has none
 SHOWN = ("privilege", "teacher", "module", "train")      # have columns of their own
 # Settings that the base model's own number depends on; for the teacher's, two more.
 BASE = ("student", "eval_data", "eval_limit", "max_new_tokens", "min_pixels", "max_pixels", "dtype")
@@ -61,7 +61,7 @@ COLUMNS = ("kind", *SHOWN, "other", "seeds", "interval_over", "accuracy", "accur
 # ---------------------------------------------------------------------------- intervals
 
 def inside_t(t: float, df: int) -> float:
-    """P(|T| <= t) of Student's t with `df` degrees of freedom, by its finite series in an angle.
+    """P(|T| <= t) for Student's t with `df` degrees of freedom: a finite sum over an angle.
 
     >>> round(inside_t(12.7062, 1), 5), round(inside_t(2.7764, 4), 5)
     (0.95, 0.95)
@@ -75,7 +75,7 @@ def inside_t(t: float, df: int) -> float:
 
 
 def t_quantile(df: int, share: float = 0.95) -> float:
-    """The t that `share` of the distribution lies within, by bisection."""
+    """The t with P(|T| <= t) = share, by bisection."""
     low, high = 0.0, 1000.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -84,7 +84,7 @@ def t_quantile(df: int, share: float = 0.95) -> float:
 
 
 def over_seeds(values) -> tuple:
-    """(mean, low, high); without a value all None, with a single one no interval."""
+    """(mean, low, high). No values: all None. One value: no interval."""
     values = list(values)
     if not values:
         return None, None, None
@@ -100,7 +100,7 @@ def over_seeds(values) -> tuple:
 
 @dataclass
 class Run:
-    """One run's folder. result is {} until the run is finished, before is {} until it has begun."""
+    """One run's folder. result is {} until the run ends, before is {} until it begins."""
     folder: Path
     args: dict
     before: dict
@@ -109,11 +109,11 @@ class Run:
 
     @property
     def module(self) -> str:
-        """off, or where the module's question is asked: at the first or the last token."""
+        """"off", or the module's sink token: "first" or "last"."""
         return self.args.get("sink", "first") if self.args.get("cue_recovery") else "off"
 
     def setting(self, name: str):
-        """A setting as it is compared: the project's own files are the same in every checkout."""
+        """A setting as it is compared; paths of the project's own files lose their checkout."""
         if name in MODULE[1:] and self.module == "off":
             return None                      # settings of a module that is not there
         value = self.module if name == "module" else self.args.get(name)
@@ -122,7 +122,7 @@ class Run:
 
 
 def load_run(folder, defaults: dict | None = None) -> Run:
-    """Raises OSError or ValueError naming the file. defaults: of settings newer than the run."""
+    """Raises OSError or ValueError naming the file. defaults: settings that an older run lacks."""
     run = Run(Path(folder), **read_run(folder))
     run.args = {**(defaults or {}), **run.args}
     if run.result and "student_accuracy" not in run.result:
@@ -141,7 +141,7 @@ def group(runs: list[Run], names) -> dict[tuple, list[Run]]:
 
 
 def varying(runs: list[Run], names) -> list[str]:
-    """Those of `names` in which the runs differ."""
+    """The settings in `names` that differ between runs."""
     return [n for n in names if len({json.dumps(run.setting(n)) for run in runs}) > 1]
 
 
@@ -180,7 +180,7 @@ def label(run: Run, kind: str, other) -> dict:
 
 
 def one_a_seed(members: list[Run], notes: list[str]) -> list[Run]:
-    """The first run of each seed: a seed run twice is one draw, and would narrow the interval."""
+    """The first run of each seed: the same seed twice would narrow the interval for nothing."""
     kept = {}
     for run in members:
         first = kept.setdefault(run.args.get("seed"), run)
@@ -190,7 +190,7 @@ def one_a_seed(members: list[Run], notes: list[str]) -> list[Run]:
 
 
 def reference_rows(runs, kind, names, other, notes) -> list[dict]:
-    """One row for each different base, or teacher: a single model, with Wilson's interval."""
+    """One row per base or teacher: a single model each, with Wilson's interval."""
     rows = []
     for members in group(runs, names).values():
         found = [(run, s) for run in members if (s := reference(run, kind))]
@@ -217,7 +217,7 @@ def reference_rows(runs, kind, names, other, notes) -> list[dict]:
 
 def reference(run: Run, kind: str) -> dict | None:
     """The summary of the base or the teacher: from before.json, else from result.json."""
-    if kind in run.before:
+    if "accuracy" in run.before.get(kind, {}):         # a teacher may only have scored
         return run.before[kind]
     found = {key[len(kind) + 1:]: value for key, value in run.result.items()
              if key.startswith(kind + "_")}
@@ -261,7 +261,7 @@ def student_row(members: list[Run], plain: list[Run] | None) -> dict:
 # ---------------------------------------------------------------------------- for people
 
 def share(row: dict, name: str, sign: str = "") -> str:
-    """A share in percent with its interval, or what stands in the interval's place."""
+    """A share in percent with its interval, or a note if there is none."""
     value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return "-"
@@ -273,7 +273,7 @@ def share(row: dict, name: str, sign: str = "") -> str:
 
 
 def hints(row: dict, where: str, of: str) -> str:
-    """Rows / occurrences of all, as in the paper's table 8."""
+    """Answers with the word / occurrences, of all answers, as in the paper's table 8."""
     rows, count, n = row[f"{where}_hint_rows"], row[f"{where}_hint_count"], row[of]
     count = 0 if rows == 0 else "?" if count is None else count
     return "-" if rows is None else f"{rows} / {count} of {n}"
@@ -290,7 +290,7 @@ def plain(value, form: str = "", scale: float = 1) -> str:
 
 
 def markdown(rows: list[dict], notes: list[str]) -> str:
-    """The table for people: one line an arm, then what is unfinished, then how to read it."""
+    """The table for people: one line per arm, how to read it, then the unfinished runs."""
     done = [row for row in rows if row["kind"] != "unfinished"]
     columns = {
         "": lambda r: r["kind"], **{name: lambda r, n=name: plain(r[n]) for name in SHOWN},
@@ -304,7 +304,7 @@ def markdown(rows: list[dict], notes: list[str]) -> str:
         "length": lambda r: plain(r["length"], ".1f"),
         "cut off %": lambda r: plain(r["cut_off"], ".1f", 100),
         "added parameters": lambda r: plain(r["parameters_added"], ",d")}
-    columns = {name: show for name, show in columns.items()      # a column of dashes says nothing
+    columns = {name: show for name, show in columns.items()      # leave out columns of dashes
                if name in ("", "accuracy % [95 %]") or any(show(row) != "-" for row in done)}
     text = grid([list(columns), *([show(row) for show in columns.values()] for row in done)])
     text += ("\n\nStudents: mean over seeds, interval over seeds (Student's t); q: one model, "
@@ -320,7 +320,7 @@ def markdown(rows: list[dict], notes: list[str]) -> str:
 
 
 def as_csv(rows: list[dict]) -> str:
-    """The same rows with bare numbers, shares between 0 and 1, empty where there is none."""
+    """The same rows as bare numbers: shares between 0 and 1, empty cells for missing values."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -334,7 +334,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default="", metavar="NAME", help="also write NAME.md and NAME.csv")
     args = parser.parse_args(argv)
     found = list({Path(run).resolve(): run for run in args.runs}.values())     # each folder once
-    files = [name for name in found if Path(name).is_file()]     # logs, say, that runs/* takes in
+    files = [name for name in found if Path(name).is_file()]     # such as logs that runs/* matches
     try:
         defaults = asdict(Config())
         rows, notes = compare([load_run(name, defaults) for name in found if name not in files])

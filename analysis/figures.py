@@ -1,16 +1,16 @@
 """analysis/figures.py - the drawings of a report: curves, coloured tokens, attention maps.
 
-The idea.  A figure should be right wherever it is looked at: in a mail, on a phone, in print, by
-someone who cannot tell orange from blue, or read out. So every curve is SVG text with a spoken
-description, every token says its sign by an underline (solid above zero, dotted below) and its
-numbers when pointed at, and pictures are inside the page. Nothing is fetched, nothing installed.
+The idea.  A figure should work everywhere: in a mail, on a phone, in print, for a reader who cannot
+tell orange from blue, and for a screen reader. So every curve is SVG with a text description. Every
+token shows its sign by an underline (solid above zero, dotted below), and its numbers when pointed
+at. Pictures are inside the page. Nothing is fetched, nothing is installed.
 
 In:  plain numbers: points (x, y), tokens (text, log-prob of the student, of the teacher), and maps
      (h, w) of attention that sum to one over a prompt, beside the picture they belong to.
-Out: HTML as text, whose class names STYLE gives their looks; or a PIL image, for a README.
+Out: HTML as text, styled by STYLE; or a PIL image, for a README.
 
-The two equations.  The colour of token n, in steps at LEVELS, and over how many visual tokens p is
-spread, as if evenly:
+The two equations.  The colour of token n, in steps at LEVELS; and the number of visual tokens that
+attention p is spread over, if it were spread evenly:
     log p_T(y_n | picture, question, hint, y_<n) - log p_theta(y_n | picture, question, y_<n)
     exp(-sum_i p_i log p_i)
 
@@ -46,7 +46,7 @@ HEAT = (106, 27, 154)                # violet: no shape of the toy world has it
 # ---------------------------------------------------------------------------- text and tables
 
 def missing(text: str) -> str:
-    """What is not there, said in its place."""
+    """A note in the place of what is missing."""
     return f'<p class="missing">{escape(text)}</p>'
 
 
@@ -59,7 +59,7 @@ def table(caption: str, head: list[str], rows: list[list], kind: str = "") -> st
 
 
 def frame(caption: str, head: list[str], body: str, kind: str = "") -> str:
-    """The table around rows that are HTML already; a wide one scrolls, the page does not."""
+    """A table around rows of HTML. A wide table scrolls by itself; the page does not."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     return (f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption>'
             f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>")
@@ -81,7 +81,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def smooth(line: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A running mean over about a fifteenth of the points; short lines are left as they are."""
+    """A running mean over about a fifteenth of the points; short lines stay unchanged."""
     half = len(line) // 30
     out = []
     for i, (x, _) in enumerate(line):
@@ -111,7 +111,7 @@ def label(text: str, x, y, anchor: str = "", kind: str = "") -> str:
 
 
 def svg(key: str, title: str, said: str, parts: list[str], size, caption: str = "") -> str:
-    """The drawing with its name and, for those who hear the page, what it says. key: an id."""
+    """A drawing with its title and, for screen readers, a description. key: an id."""
     return (f'<figure class="chart">{caption}'
             f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-labelledby="{key}-t {key}-d">'
             f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(said)}</desc>'
@@ -120,7 +120,7 @@ def svg(key: str, title: str, said: str, parts: list[str], size, caption: str = 
 
 def chart(key: str, title: str, lines: list[tuple], *, levels=(), bars=(), dots=False,
           form: str = ".3g") -> str:
-    """Lines over training steps: each thin, and its running mean thick.
+    """Lines over training steps: thin, and their running means thick.
 
     lines: (name, [(x, y)], class). levels: (name, y, class), drawn across. bars: (x, low, high).
     Classes a and b differ in colour and in dashes. form: how a y is written.
@@ -185,7 +185,7 @@ def forest(key: str, title: str, shares: dict[str, tuple]) -> str:
 # ---------------------------------------------------------------------------- tokens
 
 def strength(gap: float) -> int:
-    """A difference in nats as a step of the colour scale, 1 to 4 above zero, -1 to -4 below.
+    """The step of the colour scale for a difference in nats: 1 to 4 above zero, -1 to -4 below.
 
     >>> [strength(gap) for gap in (0.05, 0.2, -9.0)]
     [0, 1, -4]
@@ -195,10 +195,10 @@ def strength(gap: float) -> int:
 
 
 def token_spans(tokens: list[tuple[str, float, float]]) -> str:
-    """The text in coloured spans; the text inside them joins to the answer.
+    """The answer as coloured spans, one per token.
 
-    tokens: (text, log-prob of the student, of the teacher). Classes p1 to p4 are above zero, n1 to
-    n4 below, z is about zero.
+    tokens: (text, log-prob of the student, of the teacher). Classes: p1 to p4 above zero, n1 to n4
+    below, z about zero.
     """
     out = []
     for text, s, t in tokens:
@@ -223,7 +223,7 @@ def legend() -> str:
 
 
 def rollouts_picture(asked: list[tuple[str, dict]], width: int = 1400) -> Image.Image:
-    """Coloured answers as an image: a question a row, its answers beside each other.
+    """Coloured answers as an image: one row per question, its answers side by side.
 
     asked: (question, {title: tokens as token_spans takes them, or None for an empty column}).
     """
@@ -266,7 +266,7 @@ def draw_tokens(pen, tokens: list[tuple], x: int, y: int, width: int, font) -> i
 def draw_token(pen, text: str, gap: float, x: float, y: int, font) -> float:
     """One token, coloured and underlined (solid above zero, dotted below); returns the next x."""
     end, n = x + pen.textlength(text, font), strength(gap)
-    if n and text:                # a stop token has no text, so there is nothing to colour
+    if n and text:                # a stop token has no text to colour
         pen.rectangle((x, y, end - 1, y + 27), fill=(MORE if n > 0 else LESS)[abs(n) - 1])
         for left in range(int(x), int(end), 3 if n > 0 else 7):
             pen.rectangle((left, y + 29, min(left + 2, int(end) - 1), y + 31), fill=INK[0])
@@ -277,9 +277,9 @@ def draw_token(pen, text: str, gap: float, x: float, y: int, font) -> float:
 # ---------------------------------------------------------------------------- attention
 
 def overlay(tile: Image.Image, attention: torch.Tensor, top: float) -> Image.Image:
-    """The picture, paled and greyed, under the attention (h, w); the share `top` is painted full.
+    """The picture, faded to grey, with attention (h, w) painted over it; `top` is the full colour.
 
-    The strongest cell has a frame; where cells are large enough each has its share in percent.
+    The strongest cell has a frame. Cells that are large enough show their share in percent.
     """
     h, w = attention.shape
     cell = tile.width // w
@@ -343,7 +343,7 @@ def attention_rows(tile: Image.Image, rows: dict[str, dict]) -> str:
 
 
 def image_tag(image: Image.Image, alt: str) -> str:
-    """The picture inside the page, as PNG or JPEG, whichever is shorter."""
+    """The picture embedded in the page, as PNG or JPEG, whichever is smaller."""
     encoded = {}
     for kind, options in (("png", {}), ("jpeg", {"quality": 85})):
         image.save(out := io.BytesIO(), kind, **options)
@@ -355,7 +355,7 @@ def image_tag(image: Image.Image, alt: str) -> str:
 
 
 def attention_picture(tile: Image.Image, rows: dict[str, dict]) -> Image.Image:
-    """The same as an image: a row a title, blocks beside each other."""
+    """The same as an image: one row per title, blocks side by side."""
     rows, top = {title: maps for title, maps in rows.items() if maps}, strongest(rows)
     columns = 2 + max(len(maps) for maps in rows.values())
     gap, head, side = 20, 34, 150
@@ -441,7 +441,7 @@ border-radius:4px;pointer-events:none;max-width:260px}
 @media print{.scroll{overflow:visible}}
 """ + token_style()
 
-# Without it the browser's own tooltips do the same for a mouse; this also answers a finger.
+# The browser's own tooltips need a mouse; this also works by touch.
 SCRIPT = """
 (function(){var tip=document.createElement('div');tip.id='tip';tip.hidden=true;
 tip.setAttribute('role','status');document.body.appendChild(tip);

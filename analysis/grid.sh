@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The component table of the README: every arm is an ordinary distill.py command, three seeds each.
+# The component table of docs/results.md: every arm is an ordinary distill.py command, three seeds each.
 #
 #     bash analysis/grid.sh                 all of it; what is done is skipped, what was killed goes on
 #     SEEDS="0" bash analysis/grid.sh       one seed

@@ -1,12 +1,13 @@
 """analysis/probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
 
-The idea.  The module is there so that the sink token's state holds what the cue says. That can be
-asked directly, without a single sampled token: read the prompts (no hint), take the sink's state at
-every layer, and see how well a linear map predicts which facts the record's cue states. A fact is a
-word, or two words side by side ("red circle", "row 2"), found in some cues and not in others.
+The idea.  The module is there so that the sink token's state holds what the cue says. This can be
+tested without sampling: read the prompts (no hint), take the sink's state at every layer, and see
+how well a linear map predicts which facts the record's cue states. A fact is a word,
+or two words side by side ("red circle", "row 2"), found in some cues and not in others.
 
-In:  a checkpoint, training and test records with cues.  Out: a table, layers as rows: mean balanced
-accuracy over the facts, on the test records. 50 % is chance, whatever the facts' frequencies.
+In:  a checkpoint, training and test records with cues.
+Out: a table, one row per layer: balanced accuracy on the test records, averaged over the facts.
+     50 % is chance, however frequent a fact is.
 
 The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fact, X standardised):
     W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
@@ -15,9 +16,9 @@ Run
     python analysis/probe.py --model runs/NAME/checkpoint          the sink that the run was trained with
     python analysis/probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
 
-What to expect.  Without the module the first token stands before everything: its state is the same
-number for every prompt, and the probe is at 50 %. The last token of the prompt has read it all
-anyway; there the question is what the module adds.
+What to expect.  Without the module the first token sees nothing but itself: its state is the same
+for every prompt, and the probe is at 50 %. The last token of the prompt has read everything anyway;
+there the question is what the module adds.
 Left out: probes that are not linear. They could find what the model itself cannot read.
 """
 from __future__ import annotations
@@ -40,7 +41,7 @@ from model import load, quiet  # noqa: E402
 
 @torch.no_grad()
 def sink_states(model, processor, records: list[dict], sink: str, batch_size: int = 64) -> list:
-    """(N, D) float32 state of the sink as each decoder layer reads it, and at the end the head.
+    """The sink's state (N, D) in float32, as read by each decoder layer, and last by the head.
 
     With the module attached, what a layer reads includes the module's update.
     """
@@ -68,7 +69,7 @@ def sink_states(model, processor, records: list[dict], sink: str, batch_size: in
 
 
 def facts_of(cue: str) -> set[str]:
-    """Its words, and each two that stand side by side.
+    """The cue's words, and all pairs of neighbouring words.
 
     >>> sorted(facts_of("A red circle."))
     ['a', 'a red', 'circle', 'red', 'red circle']
@@ -78,7 +79,7 @@ def facts_of(cue: str) -> set[str]:
 
 
 def choose_facts(records: list[dict], rare: float = 0.05) -> list[str]:
-    """The facts that 5 to 95 % of the cues state; of those that always agree, the shortest."""
+    """Facts that 5 to 95 % of the cues state; of those that always go together, the shortest."""
     cues = [facts_of(record["cue"]) for record in records]
     counts = Counter(fact for cue in cues for fact in cue)
     chosen = {}
@@ -95,13 +96,13 @@ def stated(records: list[dict], facts: list[str]) -> torch.Tensor:
 
 
 def probe(train_x, train_y, test_x, test_y, strength: float = 1e-2) -> torch.Tensor:
-    """(F,) balanced accuracy on the test rows: mean of the shares right among stated and not."""
+    """(F,) balanced accuracy: mean of the accuracy where the fact is stated and where it is not."""
     mean, spread = train_x.double().mean(0), train_x.double().std(0)
-    # a constant number says nothing; rounding noise must not be blown up into a feature
+    # a constant dimension says nothing; do not scale its rounding noise up into a feature
     scale = torch.where(spread > 1e-6 * mean.abs().clamp(min=1), 1 / spread, 0)
     x, test = ((part.double() - mean) * scale for part in (train_x, test_x))
     y, n = train_y.double(), len(x)
-    # both classes weigh the same, as in the score: each row by one over the size of its class
+    # both classes weigh the same, as in the score: a row weighs one over the size of its class
     out = []
     for column, gold in zip(y.T, test_y.T):
         weight = torch.where(column > 0, 0.5 / (column > 0).sum(), 0.5 / (column < 0).sum()) * n

@@ -1,26 +1,27 @@
 """analysis/report.py - one run as one page: what changed, token by token and cell by cell.
 
-The idea.  A table says that a student got better; it does not say how. Two pictures do. Every token
-of an answer is coloured by what the teacher thinks of it, and the picture is covered with what the
-sink token asks it for, both before training and after. The page is one file: no network, no
-library, nothing to install to read it, and it can be mailed. This file gathers what a run left and
-what its models say, and words the page; how a thing is drawn is in figures.py.
+The idea.  A table says that a student got better; it does not say how. Two pictures do. One colours
+every token of an answer by how likely the teacher finds it. The other shows where in the picture
+the sink token looks. Both are drawn before and after training. The page is one file: it needs no
+network and no library, and can be mailed. This file collects a run's files and its models' answers,
+and writes the page; figures.py draws.
 
 In:  the folder of a run, finished, killed or still running; its models, if they can be loaded.
 Out: an HTML file; with --pictures also attention.png and rollouts.png for a README.
 
-The one equation (the colour of token n; what training pulls to zero on average):
+The one equation (the colour of token n; training pulls its average to zero):
     log p_T(y_n | picture, question, hint, y_<n) - log p_theta(y_n | picture, question, y_<n)
 
 Run  python analysis/report.py runs/NAME --out report.html
      python analysis/report.py runs/NAME --pictures docs/
 
 Choices a reader may wonder about
-1) The answers are given now, greedily (as evaluate.py asks), by the run's starting model and by its
-   checkpoint, to the first records of its test file: not picked. Training samples at a temperature.
-2) "Before" is the start as distill.py builds it, so the module has the weights drawn with the run's
-   seed. It adds nothing then (W_O = 0), yet its attention is defined: that is the map shown.
-3) What is missing (no checkpoint yet, a data file that moved) is named on the page, the rest shown.
+1) The answers are made now, greedily as in evaluate.py, by the run's starting model and by its
+   checkpoint, for the first records of its test file: they are not picked. (Training samples.)
+2) "Before" is the start as distill.py builds it, with the module's weights drawn by the run's seed.
+   The module adds nothing then (W_O = 0), but its attention is defined, so the map shows it.
+3) If something is missing (no checkpoint yet, a data file that moved), the page says so and shows
+   the rest.
 
 Left out: anything interactive but tooltips; the attention of single heads (maps are their mean).
 """
@@ -46,7 +47,7 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
                               rollouts_picture, spread, table, token_spans)
 from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
-from distill import HERE, TOY, Config, response_states  # noqa: E402
+from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
 from model import load, quiet, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
@@ -60,11 +61,11 @@ TILES = 2                            # pictures of one record
 
 @dataclass
 class Answer:
-    """What one model says to one record. Lists have an entry a token.
+    """One model's answer to one record. Lists have one entry per token.
 
     pieces    texts of the tokens; joined, the answer's text
     student, teacher   log-probs of the tokens, the teacher's with the hint
-    maps      {layer: [(h, w) attention of the sink, mean over heads, one a picture]}
+    maps      {layer: [the sink's attention (h, w), mean over heads, for each picture]}
     """
     pieces: list[str]
     student: list[float]
@@ -86,7 +87,7 @@ class Answer:
 
 @dataclass
 class Example:
-    """A test record with the answers before and after training; None where there is no model."""
+    """A test record and its answers before and after training; None where there is no model."""
     record: dict
     hint: str | None
     tiles: list[Image.Image]
@@ -101,7 +102,7 @@ class Example:
         return {"before training": self.before, "after training": self.after}
 
     def maps(self, n: int) -> dict[str, dict]:
-        """Of picture n, {when: {layer: (h, w)}}, empty where there is no module."""
+        """Attention over picture n, {when: {layer: (h, w)}}, empty where there is no module."""
         return {when: {layer: maps[n] for layer, maps in a.maps.items()} if a else {}
                 for when, a in self.answers().items()}
 
@@ -111,7 +112,7 @@ class Example:
 
 @dataclass
 class Run:
-    """All that the page shows. missing: {what: why it is not there, or not whole}."""
+    """All that the page shows. missing: {what: why it is missing or incomplete}."""
     folder: Path
     args: dict
     before: dict
@@ -124,8 +125,9 @@ class Run:
     helps: dict[str, str] = field(default_factory=dict)
 
     def models(self) -> dict[str, dict]:
-        """{base, teacher, student: summary as evaluate.summarise gives it}, what there is."""
-        found = {name: self.before[name] for name in ("base", "teacher") if name in self.before}
+        """{base, teacher, student: summary of evaluate.summarise}, those that exist."""
+        found = {name: self.before[name] for name in ("base", "teacher")
+                 if "accuracy" in self.before.get(name, {})}         # a teacher may only have scored
         student = {key[8:]: value for key, value in self.result.items()
                    if key.startswith("student_")}
         return found | ({"student": {**student, "n": self.result.get("n")}} if student else {})
@@ -134,7 +136,7 @@ class Run:
 # ---------------------------------------------------------------------------- from the run's folder
 
 def read_run(folder) -> Run:
-    """The files of a run, whichever there are. Raises OSError or ValueError if it is none."""
+    """A run's files, as far as they exist. Raises OSError or ValueError if it is not a run."""
     run = Run(Path(folder), **checkpoint.read_run(folder))
     data = Path(run.args.get("data") or ".")
     if data.is_file():
@@ -145,7 +147,7 @@ def read_run(folder) -> Run:
 
 
 def command_line(args: dict) -> tuple[str, dict[str, str]]:
-    """The command that gives these settings, and each setting's help text."""
+    """The command with these settings, and each setting's help text."""
     plain, words = {f.name: f.default for f in fields(Config)}, ["python", "distill.py"]
     if args.get("student") == plain["student"]:
         plain |= TOY
@@ -162,7 +164,7 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
 
 
 def epochs(metrics: list[dict], records: int, batch_size: int, samples: int = 1) -> list[dict]:
-    """Hint counts by epoch, of `samples` answers a prompt.
+    """Hint counts by epoch. samples: answers per prompt.
 
     A step belongs to the epoch of its first prompt.
 
@@ -187,7 +189,7 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
                dtype: str = "") -> None:
     """Fill run.examples with the first `count` test records, asked before and after training.
 
-    Whatever cannot be had is named in run.missing: a page about a killed run is still a page.
+    What is not available is named in run.missing, so that a killed run gets a page too.
     """
     config = distill.Config(**{f.name: run.args[f.name] for f in fields(distill.Config)
                                if f.name in run.args})
@@ -198,7 +200,8 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
     needs = () if config.privilege == "none" else (config.privilege,)
     try:
-        records = [with_frames(r) for r in record_files.load(config.eval_data, needs)[:count]]
+        records = [with_frames({"instruction": run.args.get("instruction", ""), **r})
+                   for r in record_files.load(config.eval_data, needs)[:count]]
         start, teacher, processor = distill.build_models(config)
         if config.teacher == "ema":
             load_averaged(teacher, run)
@@ -232,7 +235,7 @@ def load_averaged(teacher, run: Run) -> None:
 
 @torch.no_grad()
 def answer(student, teacher, processor, example: Example, max_new_tokens: int) -> Answer:
-    """One record's greedy answer, scored by both, and where the sink looked while it was read."""
+    """One record's greedy answer, scored by both models, with the sink's attention maps."""
     prompt = processor.prompt(example.record)
     batch = processor.batch([prompt], device=student.device)
     cue = getattr(student, "cue_recovery", None)
@@ -252,7 +255,7 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
         if cue is not None:
             cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    hinted = processor.prompt(example.record, example.hint, seen=prompt)
+    hinted = processor.prompt(example.record, example.hint, pictures_from=prompt)
     verdict = judge(example.record, processor.decode(ids), bool(got.stopped[0]), len(ids))
     return Answer(pieces(ids.tolist(), processor.decode),
                   token_logprobs(student, processor, prompt, ids),
@@ -262,10 +265,10 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
 
 @torch.no_grad()
 def token_logprobs(model, processor, prompt, ids: torch.Tensor, chunk: int = 128) -> list[float]:
-    """log p of every response token ids (T,) behind `prompt`, at temperature 1, nothing banned."""
+    """log p of the response tokens ids (T,) after `prompt`: temperature 1, no token banned."""
     # the very states that training scores
-    hidden = response_states(model, processor, [prompt], [0], ids[None],
-                             torch.ones_like(ids[None], dtype=torch.bool))               # (T, D)
+    hidden = response_states(processor, [ids.tolist()], last_hidden_state, [prompt], model,
+                             [0])                                                        # (T, D)
     out = []
     for start in range(0, len(ids), chunk):         # (T, V) logits of a long answer are gigabytes
         part = slice(start, start + chunk)
@@ -275,10 +278,10 @@ def token_logprobs(model, processor, prompt, ids: torch.Tensor, chunk: int = 128
 
 
 def pieces(ids: list[int], decode) -> list[str]:
-    """The text of each token, such that they join to decode(ids).
+    """The text of each token; joined, they are decode(ids).
 
-    A character may be cut across tokens; it goes whole to the token that completes it, and those
-    before it are empty, as a stop token is.
+    If a character is split over tokens, it belongs to the token that completes it. Those before it
+    are empty, like a stop token.
     """
     out, waiting = [], []
     for n, token in enumerate(ids):
@@ -293,13 +296,13 @@ def pieces(ids: list[int], decode) -> list[str]:
 
 
 def tile_grids(prompt, merge: int) -> list[tuple[int, int]]:
-    """(h, w) visual tokens of each picture, and of each moment of a video, in prompt order."""
+    """(h, w) visual tokens of each picture and each video frame pair, in prompt order."""
     grids = [*prompt.grids, *prompt.video_grids]
     return [(h // merge, w // merge) for t, h, w in grids for _ in range(t)]
 
 
 def split(attention: torch.Tensor, grids: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Attention over all visual tokens, in reading order, as one (h, w) map a picture."""
+    """Cut the attention over all visual tokens into one (h, w) map per picture."""
     if len(attention) != sum(h * w for h, w in grids):
         raise ValueError(f"{len(attention)} visual tokens, but grids of {grids}: was the prompt "
                          "cut?")
@@ -308,7 +311,7 @@ def split(attention: torch.Tensor, grids: list[tuple[int, int]]) -> list[torch.T
 
 
 def tiles_of(record: dict, processor, side: int = 256) -> list[Image.Image]:
-    """The first pictures of a record as the model sees them: stretched to whole visual tokens."""
+    """A record's first pictures as the model sees them: resized to full visual tokens."""
     prompt, out = processor.prompt(record), []
     frames = record.get("video") or []
     sources = [*record.get("images", []), *frames[::processor.temporal]]
@@ -322,7 +325,7 @@ def tiles_of(record: dict, processor, side: int = 256) -> list[Image.Image]:
 # ---------------------------------------------------------------------------- the page's sections
 
 def points(metrics: list[dict], name: str) -> list[tuple[float, float]]:
-    """(step, value) wherever the value is there and finite."""
+    """(step, value) of each step whose value exists and is finite."""
     return [(m["step"], m[name]) for m in metrics
             if isinstance(m.get(name), (int, float)) and math.isfinite(m[name])]
 
@@ -419,7 +422,7 @@ def hints_section(run: Run) -> str:
 
 
 def answer_block(title: str, answer: Answer | None) -> str:
-    """An answer in colours, and its tokens as a table for those who cannot point at them."""
+    """A coloured answer, and its tokens as a table for those who cannot point at them."""
     if answer is None:
         return f'<div class="said"><h4>{title}</h4>{missing("no model")}</div>'
     verdict = "right" if answer.correct else (
@@ -479,7 +482,7 @@ def attention_section(run: Run) -> str:
 
 
 def spread_table(examples: list[Example]) -> str:
-    """How focussed each block is: its spread before and after, mean over the pictures shown."""
+    """How focused each block is, before and after: the mean spread over the pictures shown."""
     before, after = ([a for a in answers if a] for answers in
                      zip(*((e.before, e.after) for e in examples)))
 
@@ -526,7 +529,7 @@ SECTIONS = (("result", "Result", result_section), ("curves", "Curves", curves_se
 
 
 def page(run: Run) -> str:
-    """The whole page. The policy in its head forbids the browser any request."""
+    """The page. The policy in its head forbids the browser to request anything."""
     name = escape(run.args.get("name") or run.folder.name)
     links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in SECTIONS)
     body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{draw(run)}</section>'
@@ -547,7 +550,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 # ---------------------------------------------------------------------------- pictures for a README
 
 def write_pictures(run: Run, folder: Path) -> list[Path]:
-    """attention.png and rollouts.png, of the first record that has them."""
+    """Write attention.png and rollouts.png, from the first records that have them."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     answered = [e for e in run.examples if e.before or e.after]
@@ -564,7 +567,7 @@ def write_pictures(run: Run, folder: Path) -> list[Path]:
         raise ValueError(f"{run.folder}: no pictures without answers: "
                          f"{run.missing.get('models', 'ask some --records')}")
     for name, picture in pictures.items():
-        # a palette: few colours are in there, and a README is fetched often
+        # a palette makes it small: there are few colours, and a README is fetched often
         picture.quantize(255).save(folder / name, optimize=True)
     return [folder / name for name in pictures]
 

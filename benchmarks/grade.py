@@ -4,7 +4,7 @@ Idea     Grading is two questions: what did the model commit to (`extract`), and
          (`grade`)? Both say "I cannot tell" rather than guess, and that counts as wrong. An
          extractor that takes the nearest option, or any number in the prose, measures itself.
 In, out  grade(response, gold, options, kind, precision) -> Grade(correct, extracted, rule, reason)
-         extract(response, labels) -> (answer or None, rule)
+         extract(response, labels, number) -> (answer or None, rule)
 Equation p and g are the same when, both being exact rationals,   p = g
            otherwise                                              |p - g| <= 1e-6 max(|p|, |g|)
            a gold printed with d >= 2 decimals                    |p - g| <= 10^-d / 2
@@ -21,9 +21,9 @@ Departures from the benchmarks' own graders, and what is left out:
    C call that no signal interrupts. Here the text is short, the nesting shallow and every exact
    number bounded, so the work is bounded too and grading may run inside the training loop.
 4) Left out, that is compared as text: functions (sin, log), matrices, complex numbers, repeating
-   decimals, numbers in words ("two"), any noun after a number ("5 apples"). Units are compared,
-   not converted: 50 cm is not 0.5 m. Inequalities are compared with inequalities only.
+   decimals, numbers in words ("two"). Units are compared, not converted: 50 cm is not 0.5 m.
 """
+import ast
 import math
 import operator
 import re
@@ -34,6 +34,7 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 
 KINDS = ("auto", "choice", "number", "math", "text", "list")
@@ -50,45 +51,74 @@ class Grade:
     """The verdict and enough to argue with it: what was read, by which rule, and why."""
     correct: bool
     extracted: str | None   # None: the response commits to nothing
-    rule: str               # boxed, tag, commit, whole, last line, none, unclosed think
+    rule: str               # one of RULES, none, or unclosed think
     reason: str             # count the "no answer"s: a benchmark should report their share
 
 
 # ---- 1) What did the model commit to? ----------------------------------------------------------
 
+def extract(prediction, labels=None, number=False):
+    """(answer or None, rule): what the response commits to, never what it merely mentions.
+
+    labels  of a multiple-choice item, alone or as a dict label -> text: the answer is a label
+    number  the answer is a number: it may be taken out of a sentence
+
+    The rules are tried in the order of RULES, and the first to find something decides. What
+    contradicts itself or is taken back ("A or B", "not A", a refusal) is no answer.
+
+    >>> for name, find, why, example in RULES:
+    ...     assert extract(example, {"A": "the sun", "B": "the moon"}) == ("B", name)
+    """
+    text = re.sub(r"(?:</s>|<\|\w+\|>|\s)+$", "", prediction.rpartition("</think>")[2]).strip()
+    if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
+        return None, "unclosed think"
+    if labels and not isinstance(labels, dict):
+        labels = dict.fromkeys(labels, "")
+    unnamed = None, "none"
+    for rule, find, *_ in RULES:
+        answer = find(text, labels, number)
+        if answer and labels and rule in ("boxed", "tag"):      # names no option: what follows may
+            unnamed, text = (answer, rule), text.rpartition(answer)[2]
+            answer = _pick(answer, labels) or None
+        if answer is not None:
+            return (answer, rule) if answer else (None, "none")
+    return unnamed
+
+
 _BRACE = re.compile(r"\\{1,2}boxed\s*\{|\\[\\{}]|[{}]")
-# A JSON field as models write it: bare numbers, and LaTeX backslashes that break a JSON parser.
-_JSON = re.compile(
-    r'"(?:(?:short|final)[ _])?answer"\s{0,9}:\s{0,9}(?:"((?:[^"\\]|\\.){0,2000})"'
-    r'|(\[[^\]\n]{0,2000}\]|-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[^\s",}\[][^",}\n]{0,200}))', re.I)
-_COMMIT = re.compile(
-    r"(?:\b(answer|option|choice)\b|答案)(?:\s+to\s[^.:\n]{1,80}?)?[\s*_>]{0,4}"
-    r"(?:(?:is|are|was|would be|should be|must be)\b|[:：=是为])"
-    r"|\bfinal answer[*_ ]{0,4}(?=\n)", re.I)
-_LEAD = re.compile(r"(?:[\s*_:：>$]|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
-# Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
-_END = re.compile(r"(?<!\b[A-J])[.?。](?=[\s*]|$)|(?<=[a-z][a-z])!|>>|,?\s+(?:because|since)\b|\n")
+_AND = re.compile(r"\}[\s$,\\]*(?:(?:\\text\s*\{\s*)?and\b[\s}$]*)?\\+boxed\s*\{")
 
 
-def _boxed(text):
+def _boxed(text, labels=None, number=False):
     r"""Content of the last closed, non-empty \boxed{}; of nested boxes the innermost.
 
     One pass with a stack: a model that loops to its token limit writes thousands of boxes, the
     last of them cut off, and counting braces anew from every one would be quadratic.
     """
-    stack, start, end = [], -1, -1
+    stack, boxes = [], deque([(-1, -1)], maxlen=16)
     for match in _BRACE.finditer(text):
         token = match.group()
         if token == "}" and stack:
             opened = stack.pop()
-            if opened > start and text[opened:match.start()].strip():
-                start, end = opened, match.start()
+            if opened > boxes[-1][0] and text[opened:match.start()].strip():
+                boxes.append((opened, match.start()))
         elif token[-1] == "{" and token != r"\{":
             stack.append(match.end() if "boxed" in token else -1)
-    return text[start:end].strip() if start >= 0 else None
+    start, end = boxes.pop()
+    answer = text[start:end].strip() if end > 0 else None
+    while boxes and _AND.fullmatch(text[boxes[-1][1]:start]):   # \boxed{2} and \boxed{3}: both
+        start, end = boxes.pop()
+        answer = f"{text[start:end].strip()}, {answer}"
+    return answer
 
 
-def _tagged(text):
+# A JSON field as models write it: bare numbers, and LaTeX backslashes that break a JSON parser.
+_JSON = re.compile(
+    r'"(?:(?:short|final)[ _])?answer"\s{0,9}:\s{0,9}(?:"((?:[^"\\]|\\.){0,2000})"'
+    r'|(\[[^\]\n]{0,2000}\]|-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[^\s",}\[][^",}\n]{0,200}))', re.I)
+
+
+def _tagged(text, labels=None, number=False):
     """Content of the last <answer>..</answer>, else of the last "short answer" field of a JSON."""
     head, closed, _ = text.rpartition("</answer>")
     _, opened, inside = head.rpartition("<answer>")
@@ -100,40 +130,157 @@ def _tagged(text):
     return None
 
 
-def extract(prediction, labels=None):
-    """(answer or None, rule): what the response commits to, never what it merely mentions.
+# No "=" here: `answer = 'No'` is a line of code, and its other branch may say Yes.
+_COMMIT = re.compile(
+    r"(?:\b(?:answer|(?P<option>option|choice)(?: letter)?)\b|答案)(?:\s(?:to|for)\s[^.:\n]{1,80}?)?"
+    r"[\s*_>]{0,4}(?:(?:is|are|was|would be|should be|must be)\b|[:：是为])"
+    r"|^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,4}\n|\bfinal answer[*_ ]{0,4}(?=\n)"
+    r"|\b(?:is|be|matches|choose|select|pick|corresponds to)\s(?:the\s)?"
+    r"(?P<named>option|choice|letter)(?=\s)"
+    r"|(?:\boption\s|选项)\s?(?=(?P<before>[^.\n]{1,80}?)\s?"
+    r"(?:\bis\s(?:the\s)?(?:correct|right|best)\b|是?正确))", re.I | re.M)
+_LEAD = re.compile(r"(?:[\s*_:：$\"“`]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
+# Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
+_END = re.compile(r"(?<!\b[A-J])[.?](?=[\s*\"”]|$)|。|(?<=[a-z][a-z])!|>>|\n|,?\s(?:because|since)\b")
+_SENTENCE = re.compile(r"(?<!\b[A-J])(?<=[.!?])[*_]{0,3}\s+|(?<=。)|\n+")
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|can not|(?:unable|(?:im|not )possible) to)\s(?:be\s|definitively\s){0,2}"
+    r"(?:determin|answer|tell|say|know|identif|infer|conclude|decide)|\b(?:not enough|insufficient|"
+    r"not sufficient|not provide (?:enough|any|information)|don't know)\b", re.I)
+_BRANCH = re.compile(r"(?:^|[.\n。])\s*(?:(?:but|and|so)\s)?(?:(if|when|unless)|otherwise|else)\b", re.I)
+_NEGATION = re.compile(r"\b(?:not|neither|nor|never|unlike|rather than|instead|or)\b|n't\b", re.I)
 
-    The last box, else the last <answer> or JSON field, else the last "answer is", else the whole
-    response if it is nothing but an answer. With `labels` (a dict label -> option text, or only
-    the labels) the answer is a label, and an option's exact text as the last line counts too.
-    """
-    text = prediction.rpartition("</think>")[2].strip()
-    if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
-        return None, "unclosed think"
-    if labels and not isinstance(labels, dict):
-        labels = dict.fromkeys(labels, "")
-    for rule, answer in (("boxed", _boxed(text)), ("tag", _tagged(text))):
-        if answer:                  # final even if it names no option: no searching further
-            return labels and _pick(answer, labels) or answer, rule
+
+def _undone(text, start, end):
+    """Is text[start:end] taken back behind it, or does it hold in one of several cases only?"""
+    sentence = max(text.rfind(mark, 0, start) for mark in (". ", "\n", "。")) + 1
+    case = _BRANCH.match(text[sentence:end])
+    several = case and (not case[1] or len(_BRANCH.findall(text)) > 1)
+    return bool(several or _REFUSAL.search(text, end))
+
+
+def _committed(text, labels, number):
     # A phrase loop holds thousands of commits; its last few say all that it has to say.
     for match in reversed(deque(_COMMIT.finditer(text), maxlen=20)):
-        rest = text[_LEAD.match(text, match.end()).end():][:MAX_CHARS]
-        sentence = _END.split(rest, maxsplit=1)[0].strip()
-        if not labels and sentence and (match[1] or "answer").lower() == "answer":
-            return sentence, "commit"
-        picked = labels and _pick(sentence, labels)
-        if picked == "" or labels and sentence.startswith("not "):
-            return None, "none"     # "B or C", "not B": the older commits are withdrawn by it
-        if picked:
-            return picked, "commit"
-    lines = text.splitlines() or [""]
+        start = _LEAD.match(text, match.end()).end()
+        said = match["before"] or _END.split(text[start:start + MAX_CHARS], maxsplit=1)[0].strip()
+        if labels:
+            answer = _pick(said, labels)
+        elif match["option"] or match["named"] or match["before"] or not said:
+            continue
+        else:
+            answer = _leading_number(said) if number else said
+        answer = _in_sentence(said, labels) if answer is None else answer
+        if answer is not None:
+            undone = said.startswith("not ") or _undone(text, match.start(), start + len(said))
+            return "" if undone else answer
+    return None
+
+
+def _whole(text, labels, number):
     if labels:
-        picked = _pick(text, labels, cue=False) if len(lines) == 1 else None
-        last = _option_with_text(lines[-1], labels)
-        return (picked or last, "whole" if picked else "last line" if last else "none")
-    if 1 <= len(text.split()) <= 5 and len(lines) == 1 or _value(text) is not None:
-        return text, "whole"
-    return None, "none"
+        return None if "\n" in text else _pick(text, labels, "whole")
+    few = 1 <= len(text.split()) <= 5 and "\n" not in text and not number
+    return text if few or _value(text) is not None else None
+
+
+def _line(text, labels, number):
+    if not labels:
+        return None
+    lines = [line for line in text.splitlines() if line.strip()][-100:] or [""]
+    listed = {line: label for line in lines if len(line) < 500 and line.strip("*_ ().") not in labels
+              and (label := _pick(line, labels, "line"))}
+    if len(set(listed.values())) > 1:
+        lines = [line for line in lines if line not in listed] or [""]
+    opening = re.split("[,.:;!]", lines[0])[0]              # "No, it is not": the option No
+    early = None if _REFUSAL.search(text) else _pick(lines[0], labels, "line") or (
+        opening not in labels and _option_with_text(opening, labels)) or None
+    return _pick(lines[-1], labels, "line") or early
+
+
+def _last_sentence(text, labels, number):
+    sentences = _SENTENCE.split(text[-MAX_CHARS:])[-20:] if labels or number else ()
+    for sentence in reversed(sentences):
+        end = text.rfind(sentence) + len(sentence)
+        answer = _in_sentence(sentence, labels)
+        if answer is not None or re.search(r"\d", sentence) or _REFUSAL.search(sentence):
+            return "" if answer is None or _undone(text, end - len(sentence), end) else answer
+    return None
+
+
+_IS = re.compile(
+    r"(?:\b(?:is|are|was|were|be|equals?|needs?|spends?|spent|costs?|total of)\b|[=≈])[\s*_`]{1,4}"
+    r"(?:(?:equal to|about|approximately|around|roughly|only|exactly|a total of)\s)?(?=\S)", re.I)
+
+
+def _in_sentence(sentence, labels=None):
+    """The number or option of which it says "is"; "" if it says so of two, None if of none."""
+    names = "|".join(map(re.escape, labels or "\0"))
+    found = [*re.finditer(rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)(?=(.*))",
+                          sentence, re.S)]
+    if found and (len({match[2] for match in found}) > 1 or _NEGATION.search(sentence)):
+        return ""
+    for match in found:
+        if match[1] or _begins(match[3], labels[match[2]]):
+            return _pick(f"({match[2]}){match[3]}", labels)
+    ends = [match.end() for match in _IS.finditer(sentence[:MAX_CHARS])][-20:]
+    numbers = [number for end in ends if (number := _leading_number(sentence[end:])) is not None]
+    values = [_value(number) for number in numbers]
+    if not all(_same(value, values[-1]) for value in values):
+        return ""
+    return labels and _option_with_value(numbers[-1], labels) or numbers[-1] if numbers else None
+
+
+def _leading_number(text):
+    """The number that `text` begins with, "" if another may be meant, None if there is none.
+
+    >>> [_leading_number(text) for text in ("16 m long", "3 or 4 of them", "4 + 4 apples")]
+    ['16 m', '', '4 + 4']
+    """
+    words, unclear = text[:200].split()[:8], None
+    for k in range(1, len(words) + 1):
+        value, after = _value(" ".join(words[:k])), "".join(words[k:k + 1]).strip("*_`")
+        if value and value.number is not None:
+            if re.match(r"(?:or|and|to|if|through)$|\d", after):
+                unclear = ""                    # "3 or 4"; but "3 1/2" is read with the next word
+            elif not re.match(r"(?:times|plus|minus|x)$|[-+*/×÷^=<>≤≥(]", after):
+                with_unit = _value(" ".join(words[:k + 1]))
+                k += with_unit is not None and with_unit.unit in _UNITS.values()
+                return " ".join(words[:k]).strip(" *_`.,;:")
+    return unclear
+
+
+def _mentioned(text, labels, number):
+    sentences = _SENTENCE.split(text) if labels and len(text) < MAX_CHARS else ()
+    words, said = {_words(labels[label]): label for label in labels or ()}, _words(text)
+    hits = {word for word in words if word.strip() and word in said}
+    hits = {word for word in hits if not any(word != hit and word in hit for hit in hits)}
+    if len(hits) != 1 or len(min(hits)) < 5 or len(sentences) > 5 or _REFUSAL.search(text) or any(
+            min(hits) in _words(sentence) and _NEGATION.search(sentence) for sentence in sentences):
+        return None
+    return words[hits.pop()]
+
+
+def _words(text):
+    return " " + " ".join(re.findall(r"[^\W_]+", text.casefold())) + " "
+
+
+# Name, how to find it, why it counts, and an example that means B in extract's doctest.
+RULES = (
+    ("boxed", _boxed, "prompts ask for it; if it names no option, what follows still may",
+     r"first \boxed{A}, no, \boxed{B}"),
+    ("tag", _tagged, "prompts that ask for <answer> or JSON",
+     '{"solution": "it is night", "short answer": "B"}'),
+    ("commit", _committed, "the response says so in as many words; the last time counts",
+     "The answer is A. No: the correct option letter is B."),
+    ("whole", _whole, "the response is nothing but an answer", "(b)"),
+    ("line", _line, "the last line or the first is an option, and no list of all options",
+     "The moon, for it is night."),
+    ("sentence", _last_sentence, 'the last sentence with a number or option says "is 16 m", "is (B)"',
+     "At noon it is (A). So at night it is (B). I hope this helps!"),
+    ("mention", _mentioned, "a short response has the words of only one option, without not",
+     "One sees the moon at night."),
+)
 
 
 # ---- 2) Multiple choice ------------------------------------------------------------------------
@@ -142,54 +289,73 @@ def _table(options):
     """Ordered label -> text. A list gets A, B, C..; "A. red" loses the label that it repeats."""
     if not isinstance(options, dict):
         options = dict(zip(string.ascii_uppercase, options or ()))
-    table = {str(label): re.sub(rf"^\s*\(?{re.escape(str(label))}[.:)．]\s*", "", str(text)).strip()
-             for label, text in options.items()}
-    # Blank cells of a table are options that this item lacks, unless all are: pictures.
-    return {label: text for label, text in table.items() if text} or table
+    return {str(label): re.sub(rf"^\s*\(?{re.escape(str(label))}[.:)．]\s*", "", str(text)).strip()
+            for label, text in options.items()}
 
 
 def _option_with_text(answer, labels):
-    """The label of the one option that reads `answer`, else of the one that has its value."""
-    texts = {_plain(text): label for label, text in reversed(labels.items()) if text}
-    if _plain(answer) in texts:
-        return texts[_plain(answer)]
+    """The label of the one option that reads `answer`: exactly, else but for marks and case.
+
+    s, s+ and s* are three options: "**s**" may be any of them, as a star may be bold type.
+    """
+    for form in (_collapse, normalise, _plain):
+        said = form(answer)
+        hits = [label for label, text in labels.items() if said and form(text) == said]
+        if hits:
+            return hits[0] if len({_collapse(labels[label]) for label in hits}) == 1 else None
+    return None
+
+
+def _option_with_value(answer, labels):
     value = _value(answer)
-    hits = [label for label in texts.values() if value and _same(value, _value(labels[label]))]
-    return hits[0] if len(hits) == 1 else None
+    hits = {_plain(text): label for label, text in reversed(labels.items())
+            if value and _same(value, _value(text))}
+    return min(hits.values()) if len(hits) == 1 else None
 
 
-def _pick(answer, labels, cue=True):
+def _begins(said, option):
+    """Does `said` begin with the option's own text?"""
+    said, own = (_plain(text.strip(" .,;:")).strip("()") for text in (said, option))
+    return own and re.match(re.escape(own) + r"(?!\w|\.\d)", said)
+
+
+def _pick(answer, labels, place="said"):
     """The label(s) that `answer` names ("B" or "C, D"), None if none, "" if it contradicts itself.
 
-    `cue`: the answer stood in a box or after "answer is", where "b" and "B because.." mean B.
-    Without a cue only `B`, `(B)` and `B. text` do. "A rectangle has.." names nothing, ever.
+    place: "said" in a box or after "answer is", where "b" and "B because.." mean B; else the
+    "whole" response, where only `B`, `(B)` and `B. text` do; or a "line", where the text must be
+    the option's own. "A rectangle has.." names nothing, ever.
     """
-    text, flags = normalise(answer[:MAX_CHARS]), re.S | re.I if cue else re.S
-    if cue:
-        named = r"^(?:the )?(?:correct )?(?:option|choice|letter)[\s:]+"
+    text = normalise(answer[:MAX_CHARS].replace(r"\boxed{", ""))
+    text = text[:-1] if text.count("}") > text.count("{") else text
+    if place == "said":
+        named = r"^(?:the )?(?:correct )?(?:answer|option|choice|letter)\b(?: is)?[\s:]*"
         text = re.sub(named, "", text, flags=re.I)
+    flags = re.S | re.I if place == "said" or text[:1] == "(" else re.S
     names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     spelled = {label.casefold(): label for label in labels}
     lone = [re.fullmatch(rf"[(\[]?\s*({names})\s*[)\]]?\.?", part, flags)
             for part in re.split(r"\s*(?:,|;|&|\n|\band\b)\s*", text)]
-    if all(lone):
+    # A lone label first, for an option may read "D"; then texts, for one may read "C, A, B".
+    by_text = _option_with_text(answer, labels) or _option_with_text(text, labels)
+    if all(lone) and (len(lone) == 1 or not by_text):
         return ", ".join(sorted({spelled[match[1].casefold()] for match in lone}))
-    by_text = _option_with_text(text, labels)   # before "C ..": an option may read "C major"
-    match = re.match(rf"[(\[]?\s*({names})\s*([)\]]?)(?![\w'])\**(.*)", text, flags)
+    match = re.match(rf"[(\[]?\s*({names})(?:\s*([)\]]))?(?![\w'])\**(.*)", text, flags)
     if by_text or not match:
-        return by_text
+        return by_text or _option_with_value(text, labels)
     name, bracket, rest = match.groups()
-    label, said = spelled[name.casefold()], _plain(rest.strip(" .:,;-()"))
-    own = said and said == _plain(labels[label])
-    if re.match(rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b", rest) or (
-            said and not own and said in map(_plain, labels.values())):
+    label, reads = spelled[name.casefold()], re.sub(r"^\s*[.:,;]?\s*(?:- )?", "", rest)
+    own = _begins(reads, labels[label])
+    other = _option_with_text(reads, labels) or _option_with_value(reads, labels) or label
+    if not own and other != label or re.match(
+            rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b| (?:if|when|unless)\b", rest):
         return ""                               # "B or C"; "B. 12 cm" where 12 cm is option C
     # With only a blank between, "B because" is fine, but A, I and small letters may be words.
     wordlike = name in ("A", "I") or name not in labels
-    follows = r" (?:because|since|as|is|which)\b" if wordlike else r" [\w(]"
-    clear = (own or bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest)
-             or cue and re.match(follows, rest))
-    return label if clear else None
+    follows = r" (?:because|since|as|is|which)\b| \(" if wordlike else r" [\w(]"
+    clear = own or place != "line" and (bracket or re.match(r"\s*[.:]|\s*[,;-]\s", rest)
+                                        or place == "said" and re.match(follows, rest))
+    return label if clear else _option_with_value(text, labels)
 
 
 # ---- 3) One spelling for everything ------------------------------------------------------------
@@ -198,7 +364,8 @@ _COMMANDS = {word: symbol for symbol, words in {
     r"\frac": "dfrac tfrac cfrac", "≤": "le leq leqslant", "≥": "ge geq geqslant", "≠": "ne neq",
     "<": "lt", ">": "gt", "≈": "approx simeq", "*": "times cdot ast", "/": "div", "±": "pm",
     "∪": "cup", "∈": "in", "∞": "infty", "π": "pi", "°": "degree", "∠": "angle", ":": "colon",
-    " ": "quad qquad", "|": "vert lvert rvert", "": "left right big bigl bigr displaystyle",
+    " ": "quad qquad", "|": "vert lvert rvert",
+    "": "left right big bigl bigr displaystyle triangle",
 }.items() for word in words.split()}
 # 掳 is a degree sign that somebody upstream decoded as Chinese (MathVerse).
 _CHARACTERS = str.maketrans({
@@ -206,18 +373,20 @@ _CHARACTERS = str.maketrans({
     **dict.fromkeys("\u200b\ufeff△", None), "÷": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]", "’": "'"})
 _REWRITE = [(re.compile(old), new) for old, new in (
     (r"\\\\(?=[A-Za-z])", r"\\"),                               # a command escaped twice
-    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|rm|bm)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|overline|mbox|rm|bm)\s*(?:\{([^{}]*)\}|(?![A-Za-z]))",
+     lambda m: f" {m[1] or ''} "),
+    (r"\\!|\{\s*\}", ""), (r"\{([A-Za-z])\}(?=\^)", r"\1"),     # {}^\circ, {a}^{2}
+    (r"_\{\s*(\w+)\s*\}", r"_\1"), (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     # Some copies of Geometry3K are in capitals: 12 \PI, 2 \SQRT { 221 }.
     (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1].lower(), m[0].lower())),
-    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","), (r"\\[,;:! >]|~", " "), (r"\\\\", "\n"),
+    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","), (r"\\[,;: >]|~", " "), (r"\\\\", "\n"),
     (r"\\\{", "⦃"), (r"\\\}", "⦄"),                             # braces of a set, not of a group
     (r"\\([%&#_])", r"\1"), (r"\\?[$€£]|\\[\[\]()]", ""),
     (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*", ""),           # a power in code, else bold type
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"), (r"[^\S\n]+", " "), (r"\s*\n\s*", "\n"),
-    (r"^[\s*_]+|[\s*_.,;。]+$", ""), (r"^([\"'`])(.*)\1$", r"\2"))]
+    (r"^[\s*_=]+|[\s*_.,;。]+$", ""), (r"^([\"'`])(.*)\1$", r"\2"))]
 _MONTHS = {name[:3]: name for name in (
     "january february march april may june july august september october november december"
 ).split()} | {"sept": "september"}
@@ -229,10 +398,14 @@ def _unfold(match):
     return f" {plain}" if "/" in plain else f"{'_' if match.group() >= '₀' else '^'}{{{plain}}}"
 
 
+def _collapse(text):
+    return " ".join(text.split())
+
+
 def normalise(text):
     """One spelling per meaning, idempotent. Capital and small letters stay distinct."""
-    if len(text) > MAX_CHARS:
-        return " ".join(text.split())
+    if len(text) > MAX_CHARS or text.isascii() and text.isalnum():
+        return _collapse(text)
     for _ in range(9):              # taking off one layer can uncover another: \text{\text{5}}
         before, text = text, re.sub("[⁰¹²³⁴-⁹⁺⁻]+|[₀-₉]+|[¼-¾⅐-⅞]", _unfold, text)
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
@@ -245,7 +418,7 @@ def normalise(text):
 
 def _plain(text):
     """The form in which texts are compared: caseless, blanks only where blanks mean something."""
-    text = " ".join(normalise(text).casefold().split())
+    text = _collapse(normalise(text).casefold())
     # "N 34° W" is N34°W, but "3 1/2" is not 31/2 and "not able" is not notable.
     text = re.sub(r"(?<=[^\W\d_]) (?=[^\W\d_])|(?<=\d) (?=\d)", "\0", text).replace(" ", "")
     return _MONTHS.get(text, text.replace("\0", " "))
@@ -257,25 +430,81 @@ class Unreadable(Exception):
     """Not mathematics, or more of it than this file is willing to compute."""
 
 
-_TOKEN = re.compile(
-    r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z]_(?:\w|\{\w{1,9}\})|\\?[A-Za-z]+|\S")
+# LaTeX to brackets, innermost first. "{8}{5}" stays as it is: nobody knows what it means.
+_BRACKETS = [(re.compile(old), new) for old, new in (
+    (r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\?sqrt ?\[([^][]*)\] ?(?:\{([^{}]*)\}|(\d+))", r"((\2\3)^(1/(\1)))"),
+    (r"\\?sqrt ?(?:\{([^{}]*)\}|([\d.]+|\\?[a-zα-ω]+))", r" sqrt(\1\2)"),
+    (r"(?<=\d)\{(?=[A-Za-z])([^{}]*)\}", r"(\1)"),
+    (r"(?<![\w})\]] )(?<![\w})\]])\{([^{}]*)\}(?! ?[{\d])", r"(\1)"),
+    (r"\|([^|{}]+)\|", r"(((\1)^2)^(1/2))"),
+    (r"(?<![\d.])(1?\d{1,2})!", lambda m: f"({math.factorial(int(m[1]))})"))]
+_TOKEN = re.compile(r"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+                    r"|(?P<name>[A-Za-z]_(?:\d+|[A-Za-z])|\\?[A-Za-z]+|[α-ω])|\S")
 _CONSTANTS = {"π": math.pi, "pi": math.pi, "e": math.e}
 _GREEK = {"\\" + name for name in "alpha beta gamma delta theta lambda mu rho phi omega".split()}
-# Operator -> (how tightly it binds, function).
-_SUM, _PRODUCT, _POWER = 1, 2, 3
-_BINARY = {"+": (_SUM, operator.add), "-": (_SUM, operator.sub),
-           "*": (_PRODUCT, operator.mul), "/": (_PRODUCT, operator.truediv)}
-_CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
-def _tokens(text):
-    for token in _TOKEN.findall(text):
-        if len(token) == 1 or not token.isalpha() or token in ("pi", "sqrt"):
-            yield token
-        elif len(token) <= 3 and token.islower():
-            yield from token                # xy is x times y
-        else:
+@lru_cache(256)
+def _parse(text):
+    """(tree, names): Python's own parser reads it, as names, + - * / **, sqrt and brackets only."""
+    names = {}
+
+    def rename(match):
+        token = match.group()
+        if match["number"] and abs(int(re.split("[eE]", token + "e0")[1])) <= MAX_POWER:
+            names[word := f"n{len(names)}"] = Fraction(token)
+            return f" {word} "
+        if not match["name"] and token in "+-*/^()" or token == "sqrt":
+            return f" {token} ".replace("^", "**")
+        whole = len(token) == 1 or "_" in token or token in _GREEK or token in _CONSTANTS
+        if not match["name"] or not whole and (len(token) > 3 or not token.isalpha()
+                                               or not token.islower()):
             raise Unreadable(token)         # a word, or a segment AB
+        words = []
+        for letter in [token] if whole else token:      # xy is x times y
+            names[word := f"v{len(names)}"] = _CONSTANTS.get(letter, letter)
+            words.append(word)
+        return f" {' '.join(words)} "
+
+    for _ in range(MAX_DEPTH):
+        before = text
+        for pattern, new in _BRACKETS:
+            text = pattern.sub(new, text)
+        if text == before:
+            break
+    text = _TOKEN.sub(rename, text.replace("[", "(").replace("]", ")"))
+    # 2x and 2(3) are products; "2 3" is not, nobody knows what it means.
+    text = re.sub(r"([nv]\d+|\))\s*(?=v|\(|sqrt)", r"\1*", text)
+    try:
+        return ast.parse(text.strip(), mode="eval").body, names
+    except (SyntaxError, MemoryError, RecursionError):
+        raise Unreadable(text) from None
+
+
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+           ast.Div: operator.truediv}
+
+
+def _compute(node, values, depth=0):
+    """Exact Fractions while all is rational, floats after that, ArithmeticError where undefined."""
+    if depth > 4 * MAX_DEPTH:
+        raise Unreadable("too deep")
+    if isinstance(node, ast.Name) and node.id in values:
+        return values[node.id]
+    if isinstance(node, ast.UnaryOp):
+        value = _compute(node.operand, values, depth + 1)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.Call) and len(node.args) == 1:          # sqrt
+        return _power(_compute(node.args[0], values, depth + 1), Fraction(1, 2))
+    if not isinstance(node, ast.BinOp):
+        raise Unreadable("no formula")
+    value = _BINARY.get(type(node.op), _power)(
+        _compute(node.left, values, depth + 1), _compute(node.right, values, depth + 1))
+    if isinstance(value, Fraction) and (
+            value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS):
+        raise Unreadable("number too long")
+    return value
 
 
 def _power(base, exponent):
@@ -292,92 +521,24 @@ def _power(base, exponent):
     return float(base) ** float(exponent)
 
 
-class _Parser:
-    """Operator precedence by recursive descent, evaluating as it reads.
-
-    Exact Fractions while all is rational, floats after that, ArithmeticError where undefined. A
-    variable has a fixed value per `point`, so two formulas can be compared without any algebra.
-    """
-    def __init__(self, text, point=0):
-        self.tokens, self.depth, self.bars = [*_tokens(text)][::-1], 0, False   # the next is last
-        self.point, self.names = point, set()
-        self.value = self.expression()
-        if self.tokens:
-            raise Unreadable(self.tokens[-1])
-
-    @property
-    def next(self):
-        return self.tokens[-1] if self.tokens else "\0"
-
-    def take(self, wanted=None):
-        if not self.tokens or wanted not in (None, self.tokens[-1]):
-            raise Unreadable("unexpected token or end")
-        return self.tokens.pop()
-
-    def expression(self, above=0):
-        """Everything ahead that binds tighter than `above`."""
-        self.depth += 1                     # every way to nest passes through here
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("too deep")
-        if self.next in "+-":               # -2^2 is -(2^2)
-            sign, value = self.take(), self.expression(max(above, _SUM))
-            value = -value if sign == "-" else value
-        else:
-            value = self.atom()
-        while True:
-            name = self.next
-            if name in _BINARY and above < _BINARY[name][0]:
-                level, function = _BINARY[self.take()]
-                value = function(value, self.expression(level))
-            elif name == "^" and above <= _POWER:           # to the right: 2^3^2 is 2^9
-                self.take()
-                value = _power(value, self.atom() if self.next == "{" else self.expression(_POWER))
-            elif name == "!" and isinstance(value, Fraction) and value in range(171):
-                value = Fraction(math.factorial(int(value))) if self.take() else value
-            # 2x and 2(3) are products. "2 3" and "{8}{5}" are not: nobody knows what they mean.
-            elif above < _PRODUCT and (name[0].isalpha() or name[0] in "\\(["
-                                       or name == "|" and not self.bars):
-                value *= self.expression(_PRODUCT)
-            else:
-                self.depth -= 1
-                return value
-            if isinstance(value, Fraction) and (
-                    value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS):
-                raise Unreadable("number too long")
-
-    def atom(self):
-        token = self.take()
-        if token[0].isdigit() or token[0] == "." and len(token) > 1:
-            if abs(int(re.split("[eE]", token + "e0")[1])) > MAX_POWER:
-                raise Unreadable("exponent too big")
-            return Fraction(token)
-        if token in _CLOSE:
-            outside, self.bars = self.bars, token == "|"
-            value = self.expression()
-            self.take(_CLOSE[token])
-            self.bars = outside
-            return abs(value) if token == "|" else value
-        if token == r"\frac":
-            return self.atom() / self.atom()
-        if token in (r"\sqrt", "sqrt"):
-            n = self.atom() if self.next == "[" else 2
-            return _power(self.atom(), Fraction(1) / n)
-        if token in _CONSTANTS:
-            return _CONSTANTS[token]
-        if token in _GREEK or "α" <= token <= "ω" or token[0].isascii() and token[0].isalpha():
-            self.names.add(token)
-            # In -8..8. crc32 and not hash(), which Python salts anew in every process.
-            return zlib.crc32(f"{token} {self.point}".encode()) / 2 ** 28 - 8
-        raise Unreadable(token)
-
-
 def _evaluate(body, point=0):
-    """(value, has variables); the value is NaN where `body` is undefined."""
+    """(value, has variables); the value is NaN where `body` is undefined.
+
+    A variable has a fixed value per `point`, so two formulas can be compared without any algebra.
+    """
+    tree, names = _parse(body)
+    # In -8..8. crc32 and not hash(), which Python salts anew in every process.
+    values = {name: zlib.crc32(f"{value} {point}".encode()) / 2 ** 28 - 8
+              if isinstance(value, str) else value for name, value in names.items()}
     try:
-        parser = _Parser(body, point)
-        return parser.value, bool(parser.names)
+        value = _compute(tree, values)
+        return value if _finite(value) else math.nan, values != names
     except ArithmeticError:
         return math.nan, True
+
+
+def _finite(value):
+    return isinstance(value, Fraction) or math.isfinite(value)      # a Fraction may exceed floats
 
 
 # ---- 5) What an answer denotes -----------------------------------------------------------------
@@ -394,16 +555,23 @@ class Value:
 
 
 _UNITS = {spelling: row.split()[0] for row in (
-    "mm millimeter", "cm centimeter centimetre", "m meter metre", "km kilometer", "in inch inches",
-    "ft foot feet", "yd yard", "mi mile", "mL ml", "L liter litre", "mg", "g gram", "kg kilogram",
-    "lb pound", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "N",
-    "J", "W", "V", "K", "Hz", "Pa", "mol", "dollar", "cent", "unit", "°C", "°F", "° deg degree",
-    "% percent pct") for word in row.split() for spelling in {word, word + "s" * (len(word) > 1)}}
+    "mm millimeter 毫米", "cm centimeter centimetre 厘米", "m meter metre 米", "km kilometer 千米 公里",
+    "in inch inches", "ft foot feet", "yd yard", "mi mile", "mL ml 毫升", "L liter litre 升", "mg",
+    "g gram 克", "kg kilogram 千克 公斤", "lb pound", "s sec second 秒", "min minute 分钟", "h hr hour 小时",
+    "day 天", "week", "month", "year yr 年 岁", "N", "J", "W", "V", "K", "Hz", "Pa", "mol", "dollar",
+    "cent", "元", "unit 个", "°C", "°F", "° deg degree 度", "% percent pct"
+) for word in row.split() for plural in {word, word + "s" * (len(word) > 1)}
+    for spelling in {plural, plural.capitalize() if len(word) > 3 else plural}}
 _ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{? ?\d ?\}?)?"
 _UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
-
-_NAME = re.compile(r"(?:m?∠ ?)?([A-Za-z][A-Za-z0-9_ ]{0,30}|\\[a-z]+|[α-ω]|\([a-z], ?[a-z]\))"
-                   r"(\([A-Za-z]\))? ?([=≈:∈]) ?(?=\S)")
+# A noun that only names what is counted: 210 ways. "5 million" and "2 thirds" are other numbers.
+_NOUN = re.compile(
+    r"(?<=[\d})π°]) ?(?!(?:\w+ )*(?:and|or|not|than|more|less|times|dozen|hundred|thousand|half|\w+ths?"
+    r"|\w+illion|halves|quarters?|thirds?|squared|cubed)\b)(?:[A-Za-z]+ )?([A-Za-z]{3,}?)s?$")
+# S_ABC, Area, S.A., |AB|, \tan θ, f(x) or (p, q, r), when "= value" follows.
+_NAME = re.compile(
+    r"(?!\\(?:sqrt|frac)\b)(?:m?∠ ?)?([A-Za-zα-ω|\\][\w.| \\∠]{0,40}|\([a-z](?:, ?[a-z])+\))"
+    r"(\([A-Za-z]\))? ?([=≈:∈]) ?(?=\S)")
 _NOT_MATH = re.compile(r"(?!pi$)[^\W\d_]{2,}|\d{1,2}/\d{1,2}/\d{4}")        # a word, a date
 _MIXED = re.compile(r"(?<![\w.^}])(\d+) ?(?:\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}|(?<= )(\d+)/(\d+))"
                     r"(?![\d.])")
@@ -462,16 +630,19 @@ def _split(text, separator):
 
 
 def _group(kind, parts, depth):
+    if len(parts) > MAX_ITEMS:
+        raise Unreadable("too many")
     items = [_read(part, depth + 1) for part in parts]
     names = {item.name for item in items}
-    if len(items) > MAX_ITEMS or kind in (":", "clock") and not all(i.number for i in items):
-        raise Unreadable("group")
+    if kind in (":", "clock") and not all(item.number for item in items):
+        raise Unreadable("no ratio")
     if kind in ("{}", ",") and items[0].name and len(names - {""}) == 1:
         # n = 1, 2, 3 or x = 2 or x = 3: several values of one unknown, so their order is free
         kind, items = "{}", [replace(item, name="") for item in items]
     elif all(len(name) == 1 for name in names):
         items.sort(key=lambda item: item.name)              # y = 3, x = 2 is the point (2, 3)
-    return Value(kind, items=tuple(items))
+    ratio = items[0].number / items[1].number if kind == ":" and len(items) == 2 else None
+    return Value(kind, number=ratio, items=tuple(items))
 
 
 def _relation(sides, signs):
@@ -479,11 +650,15 @@ def _relation(sides, signs):
     if signs[0] in ">≥":                                    # x > 3 is 3 < x
         sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, s) for s in signs[::-1]]
     values = [_item(side) for side in sides]
+    units = {value.unit for value in values} - {""}
     if None not in [value.number for value in values]:
         if set(signs) == {"="} and all(_near(value, values[0]) for value in values):
             return values[0]                                # 18/2 = 9, but never 5 = 6
         raise Unreadable("no relation between numbers")
-    links = [Value(s, f"({a})-({b})") for a, s, b in zip(sides, signs, sides[1:])]
+    if len(units) > 1:
+        raise Unreadable("two units")
+    links = [Value(s, f"({a.body})-({b.body})", unit="".join(units))
+             for a, s, b in zip(values, signs, values[1:])]
     return links[0] if len(links) == 1 else Value("{}", items=tuple(links))
 
 
@@ -496,7 +671,7 @@ def _item(text):
     body = match and text[:match.start()].strip()
     # "3 + 2m" is a formula in m, "3 m" a length: a lone letter is the unit of a product only.
     if body and not (re.fullmatch("[A-Za-z]", match.group()) and re.search(r".[-+]", body)):
-        words = re.findall(r"[A-Za-z]+|[°%][CF]?|\d|/", match[2].replace("per ", "/"))
+        words = re.findall(r"[^\W\d_]+|[°%][CF]?|\d|/", match[2].replace("per ", "/"))
         unit = "".join(_UNITS.get(word, word) for word in words)
         unit += {"s": "2", "c": "3"}.get((match[1] or "")[:1], "")
         try:
@@ -504,12 +679,18 @@ def _item(text):
         except Unreadable:
             pass
     body = _MIXED.sub(r"(\1+\2\4/\3\5)", text)
-    # Where a formula is undefined at one point, sqrt(x - 5) at 0, another point has to do.
-    values = (_evaluate(body, point) for point in range(POINTS))
-    value, variables = next((v for v in values if math.isfinite(v[0])), (math.nan, False))
-    if not math.isfinite(value):
-        raise Unreadable("undefined")
-    return Value("item", body, None if variables else value)
+    try:
+        # Where a formula is undefined at one point, sqrt(x - 5) at 0, another point has to do.
+        values = (_evaluate(body, point) for point in range(POINTS))
+        value, variables = next(found for found in values if found[0] == found[0])
+        return Value("item", body, None if variables else value)
+    except StopIteration:
+        raise Unreadable("undefined") from None
+    except Unreadable:
+        if not (match := _NOUN.search(text)):
+            raise
+        value = _item(text[:match.start()])
+        return replace(value, unit=value.unit or match[1].lower())
 
 
 # ---- 6) Are two values the same? ---------------------------------------------------------------
@@ -521,13 +702,15 @@ def _near(p, g, precision=None, tolerance=None):
     scales = [1]
     if p.unit != g.unit and "%" in (p.unit, g.unit):        # 28% may stand for 28 or for 0.28
         scales.append(Fraction(1, 100) if p.unit else 100)
-    return any(_close(p.number * s, g.number, g.body, precision, tolerance) for s in scales)
+    return any(_close(p.number * s, g.number, p.body, g.body, precision, tolerance) for s in scales)
 
 
-def _close(a, b, printed="", precision=None, tolerance=None):
+def _close(a, b, said="", printed="", precision=None, tolerance=None):
+    """Is a, written as `said`, the gold b, written as `printed`?"""
     if a == b:
         return True
     decimals = re.fullmatch(r"[-+]?\d*\.(\d{2,})", printed)
+    digits = re.fullmatch(r"[-+]?\d*\.(\d{5,})", said)
     try:
         if tolerance is not None:
             return abs(a - b) <= Fraction(str(tolerance))
@@ -536,8 +719,11 @@ def _close(a, b, printed="", precision=None, tolerance=None):
             precision = len(decimals[1])
         if precision is not None:
             return abs(a - b) <= Fraction(1, 2) / Fraction(10) ** precision
-        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-        return not exact and abs(a - b) <= 1e-6 * max(abs(a), abs(b)) < math.inf
+        if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+            return abs(a - b) <= 1e-6 * max(abs(a), abs(b)) < math.inf
+        # 4/3 has no last decimal, so it may be cut off after the fifth.
+        return bool(digits and 10 ** MAX_POWER % b.denominator) and (
+            abs(a - b) <= Fraction(1, 10 ** len(digits[1])))
     except (ArithmeticError, ValueError):                   # a number beyond any float
         return False
 
@@ -546,6 +732,7 @@ def _same(p, g, near=_near):
     """Prediction against gold; `near` compares two numbers."""
     if p is None or g is None:
         return False
+    p, g = _as_inequality(p, g), _as_inequality(g, p)
     a, b = p.name.casefold(), g.name.casefold()
     # x = 5 is not y = 5, but a bare 5, or A = 5 for Area = 5, names no other quantity
     named = a.startswith(b) or b.startswith(a)
@@ -558,7 +745,21 @@ def _same(p, g, near=_near):
     # y = 2x + 1 against 2x - y + 1 = 0
     p, g = (Value("=", f"({v.name})-({v.body})") if v.kind == "item" and len(v.name) == 1 else v
             for v in (p, g))
-    return p.kind == g.kind in "<≤=" and _proportional(p, g)
+    return (p.kind == g.kind in "<≤=" and (p.unit == g.unit or not p.unit or not g.unit)
+            and _proportional(p, g))
+
+
+def _as_inequality(value, other):
+    """(-∞, 5] as y ≤ 5, if `other` is an inequality in y."""
+    link = other.items[0] if other.kind == "{}" else other
+    y = re.search(r"[A-Za-zα-ω]", link.body)
+    if value.kind not in ("()", "(]", "[)", "[]") or len(value.items) != 2 or (
+            link.kind not in "<≤" or not y):
+        return value
+    sides = (value.items[0].body, y[0], value.items[1].body)
+    links = [Value("≤" if bracket in "[]" else "<", f"({a})-({b})")
+             for a, b, bracket in zip(sides, sides[1:], value.kind) if "∞" not in a + b]
+    return links[0] if len(links) == 1 else Value("{}", items=tuple(links))
 
 
 def _same_group(p, g, near):
@@ -569,9 +770,9 @@ def _same_group(p, g, near):
         return all(_close(x.number * b[0].number, y.number * a[0].number) for x, y in zip(a, b))
     if len(kinds) > 1 and kinds not in ({",", "()"}, {",", "[]"}, {",", "{}"}):
         return False                                # (-2, 1) is not (-2, 1]
-    if "{}" not in kinds:
+    if "{}" not in kinds and not (kinds == {","} and all(x.items for x in a)):
         return all(_same(x, y, near) for x, y in zip(a, b))
-    for x in a:
+    for x in a:                                     # a set, or a list of points: any order
         hit = next((y for y in b if _same(x, y, near)), None)
         if hit is None:
             return False
@@ -583,7 +784,10 @@ def _proportional(p, g):
     """Is p = c g at all points? c is 1 for formulas, positive for < and ≤, free for equations."""
     ratios = []
     for point in range(POINTS):
-        a, b = (float(_evaluate(value.body, point)[0]) for value in (p, g))
+        try:
+            a, b = (float(_evaluate(value.body, point)[0]) for value in (p, g))
+        except OverflowError:
+            return False
         if math.isfinite(a) != math.isfinite(b):
             return False                            # sqrt(x)^2 and x differ in their domain
         if abs(a) > 1e-12 and abs(b) > 1e-12:
@@ -631,7 +835,8 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
     wanted = _pick(gold, known) if choice else None
     if choice and labels and not wanted:
         return Grade(False, None, "none", "the gold is no option")
-    answer, rule = extract(prediction, known if wanted else None)
+    g = None if kind == "text" or wanted else _value(gold)
+    answer, rule = extract(prediction, known if wanted else None, bool(g and g.number is not None))
     if boxed_required and rule != "boxed":
         return Grade(False, None, rule, "no box")
     if answer is None and not wanted and _plain(prediction) == _plain(gold):
@@ -641,11 +846,10 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
     if wanted:
         named = set(answer.split(", ")) <= set(known)
         # Duplicate options are one option, whichever of their labels is named.
-        a, b = (_plain(known.get(label, "")) or label for label in (answer, wanted))
+        a, b = (" ".join(known.get(label, "").split()) or label for label in (answer, wanted))
         return Grade(a == b, answer, rule, "option" if named else "names no option")
     if _plain(answer) == _plain(gold):
         return Grade(True, answer, rule, "same text")
-    g = None if kind == "text" else _value(gold)
     p = None if g is None else _value(answer)
     if g is not None and p is None and rule == "whole":
         return Grade(False, None, "none", "no answer")  # prose around a number is no number

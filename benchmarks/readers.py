@@ -1,8 +1,8 @@
-"""benchmarks/readers.py - read the paper's seven benchmarks from the files that their authors publish.
+"""benchmarks/readers.py - read the paper's seven benchmarks from the files their authors publish.
 
 The idea.  Every benchmark has its own layout, and a quiet misreading costs more than most training
 runs gain. Here one plain function per benchmark turns rows into items, and everything doubtful is
-refused or counted before a model is loaded. Metrics are in metrics.py, grading in grade.py.
+refused or counted before a model is loaded. Metrics are in scores.py, grading in grade.py.
 
 In:  load(name, source): the official release (parquet, or json with a picture folder) or the TSV
      of VLMEvalKit, whichever `source`, a file or a folder, holds. Both give the same ids and golds.
@@ -31,7 +31,8 @@ What differs from the benchmarks' own readers, and why (facts: card and code of 
 5) A gold is turned into a label by equality only: never by the nearest option, never at random.
 Left out: downloads, unpacking zips, subtitles, MathVerse's text-only rows, pictures between words.
 Not verified, as no real TSV could be had: that the TSV's index is MathVista's pid and MathVerse's
-sample_index, and that MMMU's TSV keeps the official order within a subject. Golds are unaffected.
+sample_index, and that the TSVs of MMMU (within a subject) and Video-MME keep the official order.
+Golds are unaffected.
 """
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import string
 from collections import Counter, defaultdict
@@ -90,7 +92,7 @@ def load(name: str, source, check_rows: bool = True) -> list[dict]:
         items = list(build[name](reader))
     except KeyError as error:
         raise ValueError(f"{reader.where}: no column {error}, is this {name}?") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{reader.where}: {error}") from None
     complaints = [f"{len(places)} {reason} ({'; '.join(places[:3])})"
                   for (reason, always), places in reader.problems.items() if always or check_rows]
@@ -260,22 +262,23 @@ class Source:
                      self.file.parent / "images", self.root / "images",
                      self.root / "images" / stem, self.root / "images" / self.name.upper()):
             target = self.inside(base / name)
-            if target.is_file():
+            if target and target.is_file():
                 return str(target)
-        self.problem("files missing", name, always=True)
+        self.problem("files missing", name[:200], always=True)
         return None
 
-    def inside(self, path: Path) -> Path:
-        """The path with links and .. resolved. Whatever a data file names must lie beside it."""
-        target = path.resolve()
-        if not target.is_relative_to(self.root.resolve()):
+    def inside(self, path: Path) -> Path | None:
+        """The absolute path if something is there. What a data file names must lie beside it, by
+        its spelling: a link there is its owner's, and snapshots of the hub are all links."""
+        target = Path(os.path.abspath(path))
+        if not target.is_relative_to(os.path.abspath(self.root)):
             raise ValueError(f"{str(path)[:200]} lies outside the source folder {self.root}")
-        return target
+        return target if os.path.exists(target) else None       # False, too, for a name too long
 
     def video(self, name: str, named: str = "") -> dict:
         """{"video": frame files, "fps": rate} from frames/NAME/, else {"video": a video file}."""
         folder = self.inside(self.root / "frames" / name)
-        if folder.is_dir():
+        if folder and folder.is_dir():
             frames = [str(p) for p in sorted(folder.iterdir(), key=_natural)
                       if p.suffix.lower() in PICTURES]
             rates = [float(p.read_text()) for p in (folder / "fps.txt", folder.parent / "fps.txt")
@@ -286,9 +289,10 @@ class Source:
             return {"video": frames, "fps": rates[0]}
         for candidate in (named, *(f"{at}{name}{end}" for at in ("data/", "video/", "videos/", "")
                                    for end in VIDEOS)):
-            if candidate and self.inside(self.root / candidate).is_file():
-                return {"video": str(self.inside(self.root / candidate))}
-        self.problem("videos missing, as frames/ID/*.jpg or data/ID.mp4", name, always=True)
+            path = self.inside(self.root / candidate) if candidate else None
+            if path and path.is_file():
+                return {"video": str(path)}
+        self.problem("videos missing, as frames/ID/*.jpg or data/ID.mp4", name[:200], always=True)
         return {"video": None}
 
 
@@ -344,7 +348,9 @@ def text(value) -> str:
     """A cell as text: nothing for null and NaN, but "None", "nan" and "01" stay what they are."""
     if value is None or value != value:
         return ""
-    return str(value).replace("\r\n", "\n").strip()
+    value = str(value).replace("\r\n", "\n").strip()
+    value.encode()              # half a character (a lone surrogate) would end the run when written
+    return value
 
 
 def literal(cell, kind=list):
@@ -612,7 +618,9 @@ def _mmmu(reader):
 
 
 def _video_mme(reader):
-    """900 videos, three questions each: id VIDEO-1 .. VIDEO-3 in file order; the TSV has no id."""
+    """900 videos, three questions each. The TSV lacks the official id, NUMBER OF VIDEO-1 .. -3; it
+    is then counted in file order.
+    """
     seen, videos = Counter(), {}
     for row in reader.rows():
         name = text(row["videoID"] if "videoID" in row else row["video"])
@@ -625,7 +633,8 @@ def _video_mme(reader):
         question = ("Choose the best answer to this question about the video. Reply with its "
                     f"letter only ({', '.join(options)}).\n{text(row['question'])}\n"
                     f"{_lines(options)}\nThe best answer is:")
-        yield _item(reader, f"{name}-{seen[name]}", question, text(row["answer"]), "choice", name,
+        key = text(row.get("question_id")) or f"{len(videos):03}-{seen[name]}"
+        yield _item(reader, key, question, text(row["answer"]), "choice", name,
                     options=options, video=videos[name],
                     **{k: text(row.get(k)) for k in ("duration", "domain", "task_type")})
 

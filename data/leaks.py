@@ -22,7 +22,12 @@ What is left out, and so what the rules cannot see
 2) Knowledge: "the base is 10" is a label or a result, only the picture can tell which. What the
    question does not ask for gets the benefit of the doubt, so a result on the way may pass.
 3) Other languages than English; a model as judge, which would need an audit of its own.
-The rules were tuned on one part of tests/leak_cases.jsonl and measured on a part they never saw.
+
+Measured.  On tests/leak_cases.jsonl: 149 of 151 leaks found in the part that the rules were tuned
+on, 18 of 20 in the part they never saw, no clean cue flagged in either. On real cues: none of 120
+TabMWP tables is flagged, none of 2,986 Geometry3K figures as sentences, none of 1,979 NLVR
+pictures; up to 6 of the 120 tables if they are written as lists of columns. Of clean cues cut
+between two words 53 % look cut: pass `stopped` where it is known.
 """
 from __future__ import annotations
 
@@ -40,9 +45,11 @@ def audit(cue: str, answer: str, question: str = "", options=None,
     """Reasons (out of LEAKS and DEFECTS) not to use this cue; empty when it is clean.
 
     options: list of texts, or dict label -> text. stopped: whether the writer ended by itself; if
-    that is unknown (None), a cue that does not end like a sentence counts as cut off.
+    that is unknown (None), the text is searched for signs of a cut (`_looks_cut`).
 
     The policy
+    table    Lines of cells ("Jason | 14") are printed in the picture, and the answer is often one
+             of the cells. Only the sentences around them are read.
     number   Visible until it is stated. Stated is: behind "gives", "so", "the answer is", ...;
              behind "=", "is", "of", ... if the words before are what the question asks for
              ("x is 12" to "Find x.", not "AB is 12", not "marked 12"); as the count of what is
@@ -56,17 +63,17 @@ def audit(cue: str, answer: str, question: str = "", options=None,
              question prints the same words; an equation that cannot be a label ("8x = 24").
     """
     cue = str(cue or "").strip()
-    text, asked = plain(cue), plain(question)
-    if not re.search(r"\w", text):
+    if not re.search(r"\w", cue):
         return ["empty"]
+    text, asked = plain(_prose(cue)), plain(question)
     found = []
-    if stopped is False or stopped is None and not _SENTENCE_END.search(cue):
+    if stopped is False or stopped is None and _looks_cut(cue):
         found.append("cut off")
     if _REFUSAL.search(text):
         found.append("refusal")
-    said = {word.lower() for word in _words(text)}
-    known = {word.lower() for word in _words(asked)}
-    if said and len(said & known) >= 0.8 * len(said):
+    words, known = (list(map(str.lower, _words(told))) for told in (plain(cue), asked))
+    said = set(words)       # a long list of the things that the question names is no echo of it
+    if said and len(said & set(known)) >= 0.8 * len(said) and len(words) <= 2 * len(known):
         found.append("parrots the question")
 
     found += [reason for reason, pattern in _LANGUAGE.items()
@@ -79,6 +86,44 @@ def audit(cue: str, answer: str, question: str = "", options=None,
     if _chooses(text, letter, golds, options):
         found.append("option")
     return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------------- form
+
+# What parts rows and sentences, but for the stop of "Mr."; a row is a part with a bar in it.
+_PART = re.compile(r"(\n|;|(?<!\b[A-Z][a-z])[.!?:](?=\s|$))")
+_DANGLING = re.compile(r"""[,:=+(\[{-]$|\b(?:and|or|the|(?<!ed\ )an?|of|in|on|at|to|by|with|from|
+    for|than|is|are|was|were|has|have|its|their|that|which|between|labell?ed|marked|reads?)$|
+    \bthe\ (?:side|angle|line|length|point|label|number|row|column)$""", re.X)
+_STOP = r"(?<![A-Z][a-z])(?<!Mrs)[.!?。…][\"'”’)\]}$*`]*"      # but not that of "Mr."
+
+
+def _prose(cue: str) -> str:
+    """The cue without the rows of a table; one bar alone, as in P(A|B), makes no table.
+
+    >>> _prose("The table reads: Name | Blocks; Jason | 14; Matt | 16. The answer is Jason.")
+    'The table reads:;;. The answer is Jason.'
+    """
+    parts = _PART.split(cue)                                # text, mark, text, mark, .., text
+    rows = {n for n, part in enumerate(parts) if "|" in part and "answer" not in part}
+    return "".join("" if len(rows) > 1 and n in rows else part for n, part in enumerate(parts))
+
+
+def _looks_cut(cue: str) -> bool:
+    """Signs that a text stops in the middle. A missing full stop alone is none: tables, lists.
+
+    >>> [_looks_cut(cue) for cue in ("AB is 5; BC is 6", "AB is 5. BC is", "AB is 5. The cir",
+    ...                              "a ball and", 'a sign "EX', "Jason | 14")]
+    [False, True, True, True, True, False]
+    """
+    text = cue.rstrip("*`$ ")
+    if re.search(_STOP + "$", cue):
+        return False
+    opened = sum(map(text.count, "([{“")) > sum(map(text.count, ")]}”"))
+    quoted = len(re.findall(r'(?<!\d)"', text)) % 2 == 1           # 5" are inches
+    # where other sentences have their stops, the last one has lost it; rows of a table have none
+    lost = "|" not in cue.rpartition("\n")[2] and re.search(_STOP + r"\s", cue)
+    return bool(opened or quoted or lost or _DANGLING.search(text))
 
 
 # ---------------------------------------------------------------------------- one spelling
@@ -112,7 +157,6 @@ def plain(text: str) -> str:
     text = _IN_WORDS.sub(lambda match: str(_in_digits(match.group())), text)
     text = re.sub(rf"\b(a|\d+)[ -]({'|'.join(_PARTS)})s?\b",
                   lambda match: f"{match[1].replace('a', '1')}/{_PARTS[match[2]]}", text)
-    text = re.sub(r"\b(\d+) and 1/2\b", r"\1.5", text)
     text = re.sub(r"\b(an?|\d+) dozen\b", lambda match: str(
         12 * int(re.sub("an?", "1", match[1].lower()))), text, flags=re.I)
     text = re.sub(r"\ba (?:pair|couple) of\b|\bboth(?: of)?\b", "2", text, flags=re.I)
@@ -180,7 +224,7 @@ _LANGUAGE = {
     "formula": _any(r"""
         formula | reciprocal | (?:co)?sine of | tangent of (?:the )?angle
         (?:sin|cos|tan)(?-i: ?[(∠\dA-Zα-ω]) | area (?:=|is|equals) \w+ [×*/·÷] \w+
-        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w+"""),
+        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w"""),
     "solving step": _any(r"""
         (?:therefore|thus|hence|because|must)\b | since (?!\d{4})\w | so (?!that\b)
         it follows | impl(?:y|ies)\b | (?:which|that|this) means | (?:has|have) to be\b
@@ -204,8 +248,7 @@ _LANGUAGE = {
 _REFUSAL = _any(r"""
     i'?m sorry | as an ai
     i (?:can(?:no|')t|am unable|do not|don't) (?:see|view|read|tell|answer)""")
-_SENTENCE_END = re.compile(r"[.!?。…][\"'”’)\]}$*`]*$")
-_CLAUSE = re.compile(r"(?<=[.!?])(?<!i\.e\.)\s+|;|(?<=\w): |"
+_CLAUSE = re.compile(r"(?<=[.!?])(?<!i\.e\.)\s+|;|(?<=\w)(?<!answer): (?![$€]?-?\d)|"
                      r", (?=(?:so|and|but|hence|which|while)\b)")
 # A number or an equation behind one of these is printed in the picture ...
 _LABEL = _any(r"""label\w* | mark(?:ed|s|ing)? | reads? | printed | written | titled | captioned
@@ -268,7 +311,6 @@ def _begins(rest: str, gold: str) -> bool:
     rest = _FILLERS.sub("", rest)
     words = rest.split()[:5]
     heads = [" ".join(words[:n]).rstrip(" ,.;:!?") for n in range(1, len(words) + 1)]
-    heads += [head.rstrip(")") for head in heads if "(" not in head]
     if roman := re.match(r"[IVXLC]+(?!\w)", rest):
         values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}[c] for c in roman.group()]
         heads.append(str(sum(-a if a < b else a for a, b in zip(values, values[1:] + [0]))))
@@ -364,8 +406,11 @@ def _counted(clause: str, gold: str, question: str) -> bool:
                 or before.endswith("(") and set(_words(before)[-3:]) & things)
         if told and _equal(match[1].rstrip(",") if match[1][0].isdigit() else "0", gold):
             return True
-    aloud = re.search(r"\b1, 2,? (?:\d+,? )*(?:and )?(\d+)\b", clause)
-    return aloud is not None and _equal(aloud[1], gold)
+    for aloud in re.findall(r"\b1, 2,? (?:\d+,? )*(?:and )?\d+\b", clause):
+        last = (numbers := re.findall(r"\d+", aloud))[-1]
+        if numbers == [str(n) for n in range(1, len(numbers) + 1)] and _equal(last, gold):
+            return True
+    return False
 
 
 def _compared(clause: str, gold: str, question: str) -> bool:
@@ -388,7 +433,7 @@ def _shown(clause: str, gold: str, question: str) -> bool:
         listed = (re.match(r", [\w ]+(?:,| and\b| or\b)", after)
                   or re.search(r", [\w ]+ (?:and|or) $", before)
                   or before.endswith(", ") and re.match(r"\.?$|,| and\b| or\b", after))
-        reading = re.match(r"(?: \w+){0,2} [$€]?\d", after)
+        reading = re.match(r"(?: \w+){0,2}[,:(]? [(]?[$€]?-?\d", after)
         quoted = before.endswith(("'", '"', "“", "‘"))
         if not (listed or reading or quoted or _labelled(before)):
             return True

@@ -1,19 +1,19 @@
 """data/make_tiny.py - make the tiny Qwen3-VL checkpoint that `python distill.py` starts from.
 
 The idea.  A real Qwen3VLForConditionalGeneration, only small, taught from nothing on the toy world
-so that it is in the situation the method was made for:
+so that it starts in the situation the method was made for:
 
     it sees              asked to describe the picture, it lists every object
     it follows a hint    given the visible facts, it reasons to the right answer
     it does not look     asked a question alone, it glances at the upper rows, or invents
     it parrots an answer hinted with the answer, it mostly says "the [hint] says 4"
 
-The last two are planted, in the open, by the supervised answers below: real instruct models show
-both (the paper's table 8), and a 2-million-parameter model would not by itself. What a run on this
-checkpoint shows is the mechanism of the method, not evidence about 2B models.
+The last two are planted, in the open, by the supervised answers below. Real instruct models do
+both (the paper's table 8); a model of 2 million parameters would not by itself. A run on this
+checkpoint shows the mechanism of the method. It is no evidence about 2B models.
 
 In:  nothing.  Out: data/tiny-qwen3-vl/, an ordinary Hugging Face folder (bf16, under 8 MB).
-Use: python data/make_tiny.py          see README.md for the time it takes
+Use: python data/make_tiny.py          docs/results.md says how long it takes
      python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 250 --lr 5e-4 \
          --out data/tiny-teacher       the bigger teacher of analysis/grid.sh: more layers, and it looks
 
@@ -36,8 +36,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import toy  # noqa: E402
-from model import Processor, load, save  # noqa: E402
+from model import Processor, load  # noqa: E402
 from rollout import append_response, sample  # noqa: E402
+from scale.checkpoint import save_model  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>")
@@ -47,7 +48,7 @@ TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-# What the base does when it is asked a question alone.
+# Shares of what the base does when it is asked a question without a hint.
 GLANCE, INVENT = 0.60, 0.20           # the rest looks properly
 PARROT = 0.70                         # answers to an answer or rationale hint that only cite it
 
@@ -93,7 +94,7 @@ def write_folder(folder: Path, layers: int, hidden: int) -> None:
 
 
 def train_tokenizer(size: int = 512) -> Tokenizer:
-    """A byte-level BPE learnt on the toy world's own text; every other string falls into bytes."""
+    """A byte-level BPE learnt on the toy world's own text; other text is split into bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,7 +133,7 @@ def invent(question: toy.Question, scene: toy.Scene, rng: random.Random) -> list
 
 
 def alone(question, scene, rng, looks: bool) -> list[toy.Thing]:
-    """The evidence that the base states when nobody hints; all of it if it `looks`."""
+    """The evidence that the base states without a hint; all of it if it `looks`."""
     if looks:
         return question.relevant(scene.things)
     dice = rng.random()
@@ -168,9 +169,9 @@ def example(rng: random.Random, looks: bool = False, describe: float = 0.35):
 
 
 def any_question(scene: toy.Scene, rng: random.Random):
-    """(question, hint, answer) outside the toy's own kinds: the form is taught, the facts are not.
+    """(question, hint, answer) of kinds that the toy world lacks: teaches the form, not the facts.
 
-    With a hint the base repeats it; alone it guesses. So it can start on a data set it never saw.
+    With a hint the base repeats it; without one it guesses. So it can start on other data.
     """
     colour, shape = rng.choice(list(toy.COLOURS) + ["gray", "black", "brown"]), rng.choice(
         toy.SHAPES + ("rectangle",))
@@ -189,7 +190,7 @@ def any_question(scene: toy.Scene, rng: random.Random):
 
 @torch.no_grad()
 def grow(model, folder) -> None:
-    """Start `model` from a shallower checkpoint: the layers that it lacks begin as the identity."""
+    """Start `model` from a shallower checkpoint; the added layers begin as the identity."""
     small = load(folder)[0].state_dict()
     different = [name for name, weight in model.state_dict().items()
                  if name in small and weight.shape != small[name].shape]
@@ -224,7 +225,7 @@ def supervised_loss(model, processor, examples) -> torch.Tensor:
 
 @torch.no_grad()
 def report(model, processor, count: int, seed: int = 1) -> str:
-    """Greedy accuracy on test scenes, by kind of hint; 'seen' is the share of perfect captions."""
+    """Greedy accuracy on test scenes, by kind of hint. 'seen' is the share of perfect captions."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent / "tiny-qwen3-vl"))
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1e-3)    # 2e-3 never learns the shapes (TOY.md)
+    parser.add_argument("--lr", type=float, default=1e-3)    # at 2e-3 it never learns the shapes
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -294,7 +295,7 @@ def main() -> None:
                   flush=True)
             total = 0.0
         if step % 400 == 0 or step == args.steps:
-            save(model.to(torch.bfloat16), processor, folder)
+            save_model(model.to(torch.bfloat16), processor, folder)
             model.float()
     model, processor = load(folder, attention="eager")
     print(f"{folder} as saved: {report(model, processor, 512)}  ({time.time() - start:.0f} s)")

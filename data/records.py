@@ -1,26 +1,61 @@
-"""data/records.py - the record format: read a JSONL file of questions about pictures, and check it.
+r"""data/records.py - the record format: read a JSONL file of questions about pictures; check it.
 
-One JSON object a line (DESIGN, "The record"):
+One JSON object a line:
 
     {"id": "toy-17", "images": ["images/17.png"], "question": "How many red shapes are there?",
      "answer": "2", "cue": "...", "rationale": "...", "options": ["..."], "source": "toy"}
 
-id, images (may be empty), question and answer are required; a video is "video", a list of frame
-files, with "fps" or "seconds". Picture paths are relative to the file
-and may not leave its folder. Everything wrong is refused at once, with file and line, before any
-model is loaded: a training run must not die of line 8,000 after an hour.
+id, images (may be empty), question and answer are required; OPTIONAL below lists what else is
+known, and other fields are kept as they are. A video is "video", a list of frame files, with "fps",
+or with "seconds", one time a frame. Picture paths are relative to the file and may not leave its
+folder by "..", though a link in it may lead anywhere: its owner made it, and snapshots of the hub
+are all links. Everything wrong is refused at once, with file and line, before any model is loaded:
+a training run must not die of line 8,000 after an hour.
 
-In:  a path.  Out: the records, with picture paths made absolute.
-Use it alone: standard library only.
+In:  load(path): the records, with absolute picture paths. An id is a str that knows its line.
+     check_pictures(records): nothing, or one ValueError that names the pictures that do not decode.
+Copy this file alone; it needs pillow and tqdm, and only for check_pictures.
+
+Left out: whether answers are right, whether a cue says what is seen (leaks.py), other formats
+(prepare.py turns them into this one).
 """
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import stat
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
+from PIL import Image
+from tqdm import tqdm
+
+NUMBER = (int, float)
 REQUIRED = {"id": str, "images": list, "question": str, "answer": str}
 OPTIONAL = {"cue": str, "rationale": str, "options": (list, dict), "source": str, "kind": str,
-            "video": list, "fps": (int, float), "seconds": list}
+            "instruction": str,         # how to answer, for student and teacher
+            "teacher_images": list,     # what only the teacher sees (privilege "view")
+            "video": list, "fps": NUMBER, "seconds": list,
+            "answer_kind": str, "precision": int, "tolerance": NUMBER}      # how to grade it
+PICTURES = ("images", "video", "teacher_images")
+ANSWER_KINDS = ("auto", "choice", "number", "math", "text", "list")         # grade.py's
+# In JSON "\frac" is a form feed and "rac": what is left of LaTeX written with one backslash. A tab
+# or a line may begin with a word, so only beginnings that are no English words are listed.
+EATEN = re.compile(r"\f[a-z]+|[\b][a-z]+"
+                   r"|\t(?:heta|imes|ext[a-z]*\{|riangle|ilde|herefore|frac|au\b)"
+                   r"|\r(?:ho|ight|angle|ceil|floor|m)\b|\n(?:abla|eq|otin|exists)\b")
+LETTER = {"\f": "f", "\b": "b", "\t": "t", "\r": "r", "\n": "n"}
+BIG = 16_000_000        # pixels; larger pictures are decoded one at a time, so memory stays bounded
+
+
+class Id(str):
+    """A record's id, equal to the plain text, that also knows its place as .where, FILE:LINE."""
+    where = ""
 
 
 def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
@@ -39,55 +74,203 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            record = _parse(line, where, needs)
-            for field in ("images", "video"):        # a video is a list of frame files
-                if field in record:
-                    record[field] = [_inside(path.parent, name, where) for name in record[field]]
-            if record["id"] in first_seen:
-                raise ValueError(f"{where}: id {record['id']!r} stands on line "
-                                 f"{first_seen[record['id']]} already")
+            try:
+                record = _parse(line)
+                _check(record, needs)
+                for field in PICTURES:
+                    if field in record:
+                        record[field] = [_inside(path.parent, name) for name in record[field]]
+                if record["id"] in first_seen:
+                    raise ValueError(f"id {record['id'][:80]!r} stands on line "
+                                     f"{first_seen[record['id']]} already")
+            except RecursionError:
+                raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
             first_seen[record["id"]] = number
+            record["id"] = Id(record["id"])
+            record["id"].where = where
             records.append(record)
     if not records:
         raise ValueError(f"{path}: no records in it")
     return records
 
 
-def _parse(line: bytes, where: str, needs) -> dict:
+# ---------------------------------------------------------------------------- one line
+
+def _no_number(word: str) -> float:
+    """What json.loads calls for NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{word} is not a number in JSON")
+
+
+def _number(word: str) -> int | float:
+    """Numbers beyond the range of a float end a run late: 1e999, or an integer of 400 digits."""
+    value = float(word)
+    if not math.isfinite(value):
+        _no_number(word[:40])
+    return int(word) if word.lstrip("-").isdecimal() else value
+
+
+def _parse(line: bytes) -> dict:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_no_number, parse_float=_number,
+                            parse_int=_number)
     except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        hint = ("; LaTeX needs two backslashes in JSON, \\\\sqrt" if "escape" in str(error) else "")
+        raise ValueError(f"not valid JSON: {error}{hint}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: a {type(record).__name__}, expected one JSON object a line")
-    for name, kind in (*REQUIRED.items(), *OPTIONAL.items()):
-        if name in REQUIRED and name not in record:
-            raise ValueError(f"{where}: field {name!r} is missing")
-        if name in record and not isinstance(record[name], kind):
-            raise ValueError(f"{where}: field {name!r} is a {type(record[name]).__name__}: "
-                             f"{str(record[name])[:40]!r}")
-    for name in needs:
-        if not str(record.get(name) or "").strip():
-            raise ValueError(f"{where}: this run needs {name!r}, which the record lacks; "
-                             "choose another --privilege or add the field")
-    if not record["question"].strip():
-        raise ValueError(f"{where}: the question is empty")
+        raise ValueError(f"a {type(record).__name__}, expected one JSON object a line")
     return record
 
 
-def _inside(folder: Path, name, where: str) -> str:
-    """The absolute path of a picture; only files below the record file's folder are read."""
-    if not isinstance(name, str):
-        raise ValueError(f"{where}: picture {name!r} is not a path")
-    short = repr(name[:80])          # someone may have put the picture itself here, as base64
+def _check(record: dict, needs) -> None:
+    """Every field has its type, and no text was damaged on its way into JSON."""
+    for name, kind in (*REQUIRED.items(), *OPTIONAL.items()):
+        if name in record:
+            _typed(name, record[name], kind)
+        elif name in REQUIRED:
+            raise ValueError(f"field {name!r} is missing")
+    for name in needs:
+        if not str(record.get(name) or "").strip():
+            raise ValueError(f"this run needs {name!r}, which the record lacks; "
+                             "choose another --privilege or add the field")
+    for name, value in record.items():
+        for text in _texts(value) + [name]:
+            _whole(name, text, latex=name in REQUIRED or name in OPTIONAL)
+    if not record["question"].strip():
+        raise ValueError("the question is empty")
+    mark = re.search("<(?:image|video)>", record["question"])
+    if mark:
+        raise ValueError(f"the question holds a literal {mark[0]}; pictures stand before the "
+                         "question by themselves, so take the mark out")
+    options = record.get("options", [])
+    for option in options.values() if isinstance(options, dict) else options:
+        _typed("options", option, str)
+    _check_numbers(record)
+
+
+def _typed(name: str, value, kind) -> None:
+    """`value` has the type; true and false are numbers to Python, but not here."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"field {name!r} is a {type(value).__name__}: {str(value)[:40]!r}")
+
+
+def _check_numbers(record: dict) -> None:
+    """Times of a video, and how an answer is graded."""
+    if "video" in record:
+        frames, seconds = len(record["video"]), record.get("seconds")
+        if not frames or seconds is None and "fps" not in record:
+            raise ValueError('a video needs frames, and "fps" or "seconds" for their times')
+        for second in seconds or ():
+            _typed("seconds", second, NUMBER)
+        if seconds is not None and len(seconds) != frames:
+            raise ValueError(f"{frames} frames in 'video' but {len(seconds)} times in 'seconds'")
+    if record.get("fps", 1) <= 0:
+        raise ValueError(f"'fps' is {record['fps']}, must be above 0")
+    for name in ("precision", "tolerance"):
+        if record.get(name, 0) < 0:
+            raise ValueError(f"{name!r} is {record[name]}, must not be negative")
+    if record.get("answer_kind", "auto") not in ANSWER_KINDS:
+        raise ValueError(f"'answer_kind' is {record['answer_kind'][:40]!r}, "
+                         f"none of {', '.join(ANSWER_KINDS)}")
+
+
+def _texts(value) -> list[str]:
+    """All texts in a value, however deep."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for part in pair for text in _texts(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def _whole(name: str, text: str, latex: bool) -> None:
+    """Half a character (a lone surrogate) fits no file; half a LaTeX command is another answer."""
     try:
-        target = (folder / name).resolve()
-        inside, exists = target.is_relative_to(folder.resolve()), target.is_file()
-    except (OSError, ValueError, RuntimeError) as error:     # too long, a NUL, links in a circle
-        reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise ValueError(f"{where}: picture {short} is not a path: {reason}") from None
-    if not inside:
-        raise ValueError(f"{where}: picture {short} lies outside {folder}")
-    if not exists:
-        raise ValueError(f"{where}: picture {short} does not exist")
-    return str(target)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {ascii(name[:40])[1:-1]!r} holds half a character, "
+                         f"{ascii(text[error.start])}: was an emoji cut in two?") from None
+    if latex and (eaten := EATEN.search(text)):
+        word = LETTER[eaten[0][0]] + eaten[0][1:11]
+        raise ValueError(f"field {name!r} holds {eaten[0][:11]!r}, which JSON makes of \\{word}; "
+                         f"write \\\\{word} with two backslashes")
+
+
+def _inside(folder: Path, name) -> str:
+    """The absolute path of a picture below the record file's folder; links may lead elsewhere."""
+    if not isinstance(name, str):
+        raise ValueError(f"picture {name!r} is not a path")
+    short = repr(name[:80])          # someone may have put the picture itself here, as base64
+    base = os.path.abspath(folder)
+    target = os.path.abspath(os.path.join(base, name))       # by its spelling, links not followed
+    if not Path(target).is_relative_to(base):
+        raise ValueError(f"picture {short} lies outside {folder}")
+    try:
+        regular = stat.S_ISREG(os.stat(target).st_mode)
+    except FileNotFoundError:
+        link = " (a link to nowhere)" if os.path.islink(target) else ""
+        raise ValueError(f"picture {short} does not exist{link}") from None
+    except (OSError, ValueError) as error:                   # too long, links in a circle, a NUL
+        raise ValueError(f"picture {short} is not a path: "
+                         f"{getattr(error, 'strerror', error)}") from None
+    if not regular:
+        raise ValueError(f"picture {short} does not exist as a file")
+    return target
+
+
+# ---------------------------------------------------------------------------- the pictures
+
+def check_pictures(records, how: str = "decode", workers: int | None = None) -> None:
+    """Every picture of the records can be read, or one ValueError that names up to five.
+
+    how: "decode" reads each to its last byte, as a run will; "headers" only looks at its size: ten
+    times faster, and a file that was cut short passes. At most `workers` pictures of BIG pixels and
+    one larger are in memory at once.
+    """
+    if how not in ("decode", "headers"):
+        raise ValueError(f"how={how!r}, must be decode or headers")
+    first = {}                              # each picture once, and the record that names it first
+    for record in records:
+        for field in PICTURES:
+            if not isinstance(record.get(field), str):         # a film as one file is not ours
+                for picture in record.get(field) or ():
+                    key = str(picture) if isinstance(picture, (str, Path)) else id(picture)
+                    first.setdefault(key, (picture, record["id"]))
+    alone = threading.Lock()
+
+    def check(item):
+        picture, name = item
+        reason = _why_unreadable(picture, how, alone)
+        place = f"{name.where}: " if isinstance(name, Id) else ""
+        return reason and f"{place}record {str(name)!r}: {picture}: {reason}"
+
+    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    try:
+        with warnings.catch_warnings():     # 108 megapixels are a warning to Pillow
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            found = pool.map(check, first.values())
+            broken = [said for said in tqdm(found, f"check pictures ({how})", total=len(first),
+                                            unit=" pictures", disable=None) if said]
+    finally:
+        pool.shutdown(cancel_futures=True)                      # Ctrl-C does not wait for the rest
+    if broken:
+        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ValueError(f"{len(broken)} of {len(first)} pictures cannot be read, was a copy cut "
+                         "short?\n  " + "\n  ".join(broken[:5]) + more)
+
+
+def _why_unreadable(picture, how: str, alone: threading.Lock) -> str | None:
+    """The reason why a picture cannot be decoded, None if it can."""
+    try:
+        with Image.open(picture) as image:
+            if how == "headers":
+                return None
+            with alone if image.width * image.height > BIG else nullcontext():
+                # a JPEG is read to its end at an eighth of its size, in a 64th of the memory
+                image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+                image.load()
+                image.close()               # its pixels are gone before the next one may begin
+    except Exception as error:              # Pillow's readers raise many kinds
+        return str(error)[:200] or type(error).__name__
+    return None

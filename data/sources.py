@@ -66,6 +66,14 @@ def load_json(path):
                          f"was the file cut short or edited?") from error
 
 
+def parse(text, where):
+    """Parse the JSON of one line; a ValueError begins with `where`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg})") from error
+
+
 def _place(path, number):
     return f"{path}: row {number} (counting from 0)"
 
@@ -93,11 +101,9 @@ def _jsonl(path):
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
+                    yield f"{path}:{number}", parse(line, f"{path}:{number}")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from error
 
 
 def _json(path):

@@ -12,13 +12,13 @@ Every question comes with its answer, a worked solution, the cue (the visible fa
 never the answer) and the rationale (the reasoning that leads to the answer).
 
 In:  a seed.  Out: records as data/records.py reads them, plus "objects": all that is in the
-picture, so that evaluate.py can check whether an answer's evidence is really there (`grounded`).
+picture, so that evaluate.py can check whether an answer's evidence is real (`grounded`).
 
 Use:  python data/toy.py --out data/toy        3,000 train and 512 test records with PNG files
 `python distill.py` does this by itself when no --data is given.
 
-Train and test share no picture: a picture belongs to one of them by the checksum of its contents.
-The rest of the world is kept easy on purpose: 9 to 12 cells, 3 shapes, 4 colours, no overlap.
+Train and test share no picture: the checksum of a picture's contents decides where it belongs.
+The world is kept easy on purpose: 9 to 12 cells, 3 shapes, 4 colours, no overlap.
 """
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about some `colours` (and a `shape`); what it needs seen is `relevant(things)`."""
+    """A question about `colours` (and a `shape`); relevant(things) are those it asks about."""
     kind: str
     text: str
     colours: tuple[str, ...]
@@ -145,7 +145,7 @@ class Question:
 def make_question(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
     """A question that the scene can answer, of a random kind."""
     kind = kind or rng.choice(KINDS)
-    # Asking about a colour of some thing, not any colour, makes the common ones commoner.
+    # The colour of a random thing, so colours that occur more often are asked about more often.
     colour = rng.choice(scene.things).colour
     if kind == "count":
         return Question(kind, f"How many {colour} shapes are there?", (colour,))
@@ -191,13 +191,13 @@ def grounded(response: str, record: dict) -> bool:
 # ---------------------------------------------------------------------------- writing
 
 def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bool = True) -> None:
-    """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when it is whole.
+    """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when complete.
 
-    replace False keeps a folder that another process wrote meanwhile: it may be reading it by now.
+    replace=False keeps a folder that another process wrote meanwhile, since it may be in use.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own: two first runs side by side must not draw into one folder
+    # a unique name: two first runs side by side must not draw into one folder
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     for split, count in (("train", train), ("test", test)):
         rng = random.Random(f"{seed} {split}")

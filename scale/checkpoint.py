@@ -1,22 +1,23 @@
-"""scale/checkpoint.py - a run's folder: what is written while training, so that a killed run goes on.
+"""scale/checkpoint.py - a run's folder: what training writes, so that a killed run can be resumed.
 
     runs/NAME/args.json          the settings of the run
     runs/NAME/metrics.jsonl      one object a step
     runs/NAME/rollouts.jsonl     a few sampled answers at every evaluation
     runs/NAME/result.json        written at the end
-    runs/NAME/checkpoint/        the student, an ordinary Hugging Face folder (model.save)
+    runs/NAME/checkpoint/        the student, an ordinary Hugging Face folder
     runs/NAME/checkpoints/       with --keep N, the students of the last N evaluations: step-000050
-    runs/NAME/best/              and the one that answered best; evaluation.json in it says how well
+    runs/NAME/best/              the best student so far; its evaluation.json says how good it is
     runs/NAME/state/             state.safetensors: all that is needed to go on, in one file
 
-The idea.  Every file is written under a temporary name and renamed when whole, so it is either the
-old one or the new one. All that must agree (weights, optimizer moments, averaged teacher, step) is
-in *one* file: a kill between two renames cannot leave a pair that does not match. Random numbers
-need no saving: those of a step come from (seed, step), the order of an epoch from (seed, epoch).
+The idea.  Every file is written under a temporary name and renamed when complete. A reader finds
+either the old file or the new one. All that must agree (weights, optimizer moments, averaged
+teacher, step) is in *one* file, so a kill between two renames cannot leave a pair that differs.
+Random numbers are not saved: those of a step come from (seed, step), the order of an epoch from
+(seed, epoch).
 
-Order.  A line of metrics.jsonl is written before the state of its step, and a resumed run forgets
-the lines beyond its state: a kill at any moment costs the steps since the last state, no more.
-A write that fails (a full disk) raises OSError, takes back its part, and leaves the old file whole.
+Order.  A line of metrics.jsonl is written before the state of its step. A resumed run drops the
+lines that come after its state. So a kill costs the steps since the last state, no more.
+If a write fails (a full disk), it raises OSError, removes its part and leaves the old file intact.
 
 Use it alone: torch and safetensors.
 """
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 
 
 def write_text(path: Path, text: str) -> None:
-    """The old text or the new one, never a part of it."""
+    """Write a file so that it holds either the old text or the new one, never a part."""
     temporary = Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as out:
@@ -49,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove(temporary: Path) -> None:
-    """On a full disk every byte counts. What forbade writing may forbid this too: never mind."""
+    """Free the space of a failed write. If removing fails too, there is nothing more to do."""
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
 
@@ -59,9 +60,10 @@ def write_json(path: Path, value) -> None:
 
 
 def append_jsonl(path: Path, value: dict, sync: bool = False) -> None:
-    """One line, handed to the system at once: it survives a kill, with `sync` also a power cut.
+    """Append one line. It survives a kill; with `sync` it also survives a power cut.
 
-    On a full disk OSError, and no part of the line stays: the next one would be glued to it.
+    On a full disk: OSError, and the part that was written is removed, since the next line would be
+    glued to it.
     """
     line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
     try:
@@ -81,7 +83,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All whole lines; a last line cut by a kill is left out."""
+    """All complete lines; a last line that a kill cut short is left out."""
     if not Path(path).exists():
         return []
     out = []
@@ -95,9 +97,9 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_run(folder: Path) -> dict:
-    """What a run's folder holds: {"args", "before", "result", "metrics"}, empty if not there yet.
+    """A run's files: {"args", "before", "result", "metrics"}; those not written yet are empty.
 
-    Raises FileNotFoundError for a folder that is no run's, ValueError naming a damaged file.
+    Raises FileNotFoundError if the folder is not a run's, ValueError naming a damaged file.
     """
     folder = Path(folder)
     if not (folder / "args.json").is_file():
@@ -115,29 +117,74 @@ def read_run(folder: Path) -> dict:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps beyond `step`: a resumed run is going to make them again."""
+    """Drop the lines of steps after `step`: a resumed run makes these steps again."""
     if Path(path).exists():
         write_jsonl(path, [m for m in read_jsonl(path) if m["step"] <= step])
 
 
 def put_back(path: Path) -> None:
-    """If a kill came between the two renames of model.save, the folder before is the folder."""
+    """If a kill came between the two renames of save_model, the folder before is the folder."""
     old = Path(path).with_name(Path(path).name + ".old")
     if old.exists() and not Path(path).exists():
         os.replace(old, path)
 
 
-def keep_student(run: Path, keep: int, seen: dict, save) -> None:
-    """RUN/checkpoints/step-N for the newest `keep` evaluations, and RUN/best for the best so far.
+def save_model(model, processor, folder, notes: dict | None = None, weights: dict | None = None,
+               max_shard_size="5GB") -> None:
+    """Write a plain Hugging Face folder, plus cue_recovery.safetensors when the module is attached.
 
-    seen: "step" and "accuracy" of now; save(folder, seen) writes the student, and seen beside it.
-    Equal accuracy keeps the earlier one. The same evaluation again (after a kill) changes nothing.
+    The folder gets its name only when complete: a kill leaves FOLDER.tmp, never half a folder. A
+    kill between the two renames leaves the previous FOLDER.old, which model.load then reads.
+    notes: written beside the weights as evaluation.json. weights: a state dict to write instead of
+    the model's own, for a model in slices on several GPUs. Weights larger than `max_shard_size` go
+    to several files with an index, as in the published 8B. Raises OSError when the disk is full.
+    """
+    folder = Path(folder)
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    weights = model.state_dict() if weights is None else weights
+    lora, adapted = getattr(model, "lora", None), weights
+    weights = lora.merge(adapted) if lora else adapted
+    module = {name.removeprefix("cue_recovery."): tensor for name, tensor in weights.items()
+              if name.startswith("cue_recovery.")}
+    rest = {name: tensor for name, tensor in weights.items()
+            if not name.startswith("cue_recovery.")}
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=rest)
+        if module:
+            model.cue_recovery.save(temporary / "cue_recovery.safetensors", module)
+        if lora:             # merged into the weights; on their own as well, as PEFT has them
+            lora.save(temporary / "adapter", adapted)
+        processor.write(temporary)
+        if notes is not None:
+            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
+        mode = (temporary / "config.json").stat().st_mode
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            path.chmod(mode)                # safetensors makes files that only their owner can read
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())     # the data must be on disk before the name is
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)    # on a full disk every byte counts
+        raise OSError(f"cannot write {folder}: {error}") from error
+    # FOLDER.old goes only now: after a kill between the two renames it may be the last whole one
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def keep_student(run: Path, keep: int, seen: dict, save) -> None:
+    """Save RUN/checkpoints/step-N, drop all but the newest `keep`, and update RUN/best.
+
+    seen: this evaluation's {"step", "accuracy"}. save(folder, seen) writes student and `seen`.
+    At equal accuracy the earlier student stays. The same evaluation twice changes nothing.
     """
     save(run / "checkpoints" / f"step-{seen['step']:06}", seen)
     found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name[5:]))[:-keep]:
-        os.replace(path, path.with_suffix(".gone"))     # half of it never bears its name
-    for path in (run / "checkpoints").glob("*.gone"):   # those of a killed run too
+        os.replace(path, path.with_suffix(".gone"))     # deleting takes time: first rename
+    for path in (run / "checkpoints").glob("*.gone"):   # a killed run's as well
         shutil.rmtree(path, ignore_errors=True)
     keep_best(run, seen, save)
 
@@ -153,7 +200,7 @@ def keep_best(run: Path, seen: dict, save) -> dict:
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Write FOLDER/state.safetensors: the state after `step` finished steps."""
+    """Write FOLDER/state.safetensors, the state after `step` finished steps."""
     path, temporary = folder / "state.safetensors", folder / "state.safetensors.tmp"
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:

@@ -1,20 +1,21 @@
-"""scale/longrun.py - a run that may be stopped, killed or out of time or disk, and goes on.
+"""scale/longrun.py - when a long run ends, what it saves, and how it resumes.
 
-The idea.  Days of training end in many ways, and in each the next `--resume` must find a state that
-is whole and go on as if nothing had been. What is written, and how a file is never half, is
-checkpoint.py's; this file says *when*: which limit ends a run, what a signal does, what a failed
-write costs, and how the state of a killed run is taken up.
+The idea.  A run of days ends in many ways: a signal, a kill, a limit, a full disk. After each of
+them `--resume` must find a complete state and continue as if nothing had happened. checkpoint.py
+knows how a file is written. This file knows *when*: which limit ends a run, what a signal does,
+what happens when a write fails, and how a killed run's state is loaded.
 
     a step is done -> a line of metrics.jsonl -> (every --save-every) state/ -> the next step
-         kill in between: the line is forgotten by the resumed run, which makes the step again
+                   killed here: the resumed run drops the line and makes the step again
 
 In:  the run's folder, its settings, the models.  Out: functions that distill.py's loop calls.
-With several processes all of them call, since weights are gathered by all; rank 0 writes.
+With several processes, all must call these functions, since all gather weights; rank 0 writes.
 Left out: saving in the background; a copy of the state on another disk.
 """
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import model as qwen
 import teacher as teaching
 from scale import checkpoint, sharding
 
@@ -30,7 +30,7 @@ from scale import checkpoint, sharding
 # ---------------------------------------------------------------------------- how a run ends
 
 def spent(log: list[dict], config) -> str:
-    """The limit that a run's metrics (over all resumes) have reached, if any: it ends early."""
+    """The limit that the run has reached over all resumes, as text; empty if none."""
     hours, tokens = (sum(m.get(key, 0) for m in log) for key in ("seconds", "tokens"))
     if config.max_hours and hours >= 3600 * config.max_hours:
         return f"--max-hours {config.max_hours}"
@@ -38,9 +38,10 @@ def spent(log: list[dict], config) -> str:
 
 
 class StopSignal:
-    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step; a second one at once.
+    """Ctrl-C, or a cluster's SIGTERM, ends the run after the current step.
 
-    Not at once with several processes: torchrun passes on what the terminal has sent already.
+    A second signal ends it at once, but not with several processes: there torchrun repeats the
+    signal that the terminal has already sent.
     """
 
     def __init__(self):
@@ -54,11 +55,77 @@ class StopSignal:
         tqdm.write("stopping after this step")
 
 
+# The progress bar without its own guess of the time left, which knows nothing of evaluations.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class Log:
+    """The steps of a run, over all resumes, and what follows each: evaluate, log, save, stop.
+
+    rows: the lines of metrics.jsonl. evaluation: seconds of the last one, for the time left.
+    """
+
+    def __init__(self, folder: Path, config, evaluation: float):
+        self.folder, self.config, self.evaluation = folder, config, evaluation
+        self.rows = sharding.from_main(checkpoint.read_jsonl(folder / "metrics.jsonl"))
+        self.start, self.begun, self.stop = len(self.rows), time.perf_counter(), StopSignal()
+        # a run that is resumed after its end has no step left
+        self.end = self.start if spent(self.rows, config) else config.steps
+
+    def seconds(self) -> float:
+        """Seconds of the last step, with its evaluation and the save before it.
+
+        The same on all processes, which must agree on when the time is up.
+        """
+        earlier = sum(m.get("seconds", 0) for m in self.rows[self.start:])
+        return sharding.from_main(round(time.perf_counter() - self.begun - earlier, 3))
+
+    def time_left(self, metrics: dict) -> str:
+        """Predicted from the last ten steps and the last evaluation."""
+        done, every = metrics["step"], self.config.eval_every
+        recent = [*self.rows, metrics][-10:]
+        step = sum(m["sample_seconds"] + m["score_seconds"] for m in recent) / len(recent)
+        amid = max(0, (self.config.steps - 1) // every - done // every) if every else 0
+        return tqdm.format_interval((self.config.steps - done) * step
+                                    + (amid + 1) * self.evaluation)
+
+    def end_step(self, metrics: dict, samples, ask, student, teacher, processor,
+                 optimizer) -> bool:
+        """All that follows a step: evaluate, log, save, stop. True if it was the last step.
+
+        samples: (record, answer) pairs. ask(step): evaluates the student, and returns the summary.
+        """
+        done, config, folder = metrics["step"], self.config, self.folder
+        metrics["seconds"] = self.seconds()
+        self.rows.append(metrics)
+        if len(self.rows) >= 5 and all(m["skipped"] for m in self.rows[-5:]):
+            raise FloatingPointError(f"step {done}: the gradient was not finite five times in a "
+                                     "row; lower --lr, or use --dtype float32")
+        last = done == config.steps or bool(spent(self.rows, config))
+        if config.eval_every and done % config.eval_every == 0 and not last:
+            now = ask(done)
+            metrics["accuracy"] = now["accuracy"]
+            keep_samples(folder, done, samples, config.privilege)
+            keep_student(folder, done, now, student, processor, config)
+            self.evaluation = self.seconds()
+            metrics["seconds"] += self.evaluation
+        if sharding.is_main():
+            checkpoint.append_jsonl(folder / "metrics.jsonl", metrics, sync=True)
+        asked = any(sharding.gather(self.stop.asked))    # a signal may reach one a step earlier
+        if asked or last or done % config.save_every == 0:
+            save_state(folder, done, optimizer, teacher, config, fatal=asked or last)
+        if asked:
+            sharding.barrier()                   # torchrun ends all as soon as one has left
+            print(f"\nstopped after step {done}; go on with\n  python distill.py --resume {folder}")
+            raise SystemExit(130)
+        return last
+
+
 # ---------------------------------------------------------------------------- what it leaves
 
 @contextmanager
 def forgiven(step: int, fatal: bool = False):
-    """A failed save amid a run is reported: the one before is whole, the next one may succeed."""
+    """Report a failed save and continue: the last save is intact, the next one may succeed."""
     try:
         yield
     except OSError as error:
@@ -67,11 +134,11 @@ def forgiven(step: int, fatal: bool = False):
         tqdm.write(f"step {step}: {error}; going on, what was saved before is whole")
 
 
-def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> None:
-    """A few sampled answers into rollouts.jsonl, to look at."""
+def keep_samples(folder, step, samples, privilege, count: int = 4) -> None:
+    """Append a few (record, answer) pairs to rollouts.jsonl, for people to look at."""
     if not sharding.is_main():
         return
-    for record, answer in list(zip(records, answers))[:count]:
+    for record, answer in samples[:count]:
         checkpoint.append_jsonl(folder / "rollouts.jsonl", {
             "step": step, "id": record["id"], "question": record["question"],
             "hint": teaching.hint(record, privilege), "gold": record["answer"], "response": answer})
@@ -79,7 +146,7 @@ def keep_samples(folder, step, records, answers, privilege, count: int = 4) -> N
 
 def student_saver(student, processor):
     """save(folder, notes=None) writes the student; all processes gather its weights here."""
-    return partial(qwen.save, student, processor, weights=sharding.weights(student))
+    return partial(checkpoint.save_model, student, processor, weights=sharding.weights(student))
 
 
 def evaluation(step: int, summary: dict) -> dict:
@@ -87,7 +154,7 @@ def evaluation(step: int, summary: dict) -> dict:
 
 
 def keep_student(folder: Path, step: int, summary: dict, student, processor, config) -> None:
-    """With --keep: this student among the newest, and as the best if it is."""
+    """With --keep: save this student, and make it the best if it is."""
     if config.keep:
         save = student_saver(student, processor)
         with forgiven(step):
@@ -96,11 +163,44 @@ def keep_student(folder: Path, step: int, summary: dict, student, processor, con
 
 
 def save_state(folder: Path, step: int, optimizer, teacher, config, fatal: bool) -> None:
-    """Write state/. fatal: a failure ends the run; else the state before is good enough for now."""
+    """Write state/. fatal: a failure ends the run; otherwise the previous state will do."""
     tensors = sharding.whole(state_tensors(optimizer, teacher, config))
     with forgiven(step, fatal):
         if sharding.is_main():
             checkpoint.save_state(folder / "state", step, tensors)
+
+
+def write_result(folder: Path, config, models: dict, save, seconds: float, student) -> list[str]:
+    """Write result.json; add the accuracy to the last line of metrics.jsonl. Returns what to print.
+
+    models: the summaries of base, teacher and student. save(folder, notes): writes the student.
+    """
+    metrics, after = checkpoint.read_jsonl(folder / "metrics.jsonl"), models["student"]
+    metrics[-1]["accuracy"] = after["accuracy"]
+    checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
+    evaluated = [m for m in metrics if "accuracy" in m]
+    best = max(evaluated, key=lambda m: m["accuracy"])
+    if config.keep:
+        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], after), save)
+    out = {f"{name}_{key}": value for name, summary in models.items()
+           for key, value in summary.items() if key != "n"} | {
+        "n": after["n"], "seconds": round(seconds, 1), "steps": len(metrics),
+        "tokens": sum(m.get("tokens", 0) for m in metrics),
+        "best": {"step": best["step"], "accuracy": best["accuracy"],
+                 "folder": "best" if config.keep else None},
+        "hint_rows": sum(m["hint_rows"] for m in metrics),
+        "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
+        "parameters_added": sum(p.numel() for name, p in student.named_parameters()
+                                if name.startswith("cue_recovery."))}
+    checkpoint.write_json(folder / "result.json", out)
+    limit, path = spent(metrics, config), folder / "checkpoint"
+    ended = f"ended by {limit} after step {len(metrics)} of {config.steps}; raise it to go on"
+    return [*([ended] if limit and len(metrics) < config.steps else []),
+            f"best of {len(evaluated)} evaluations: step {best['step']}, accuracy "
+            f"{100 * best['accuracy']:.1f} %" + (f", kept in {folder / 'best'}" * bool(config.keep)),
+            f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
+            f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",
+            f"  python evaluate.py --model {path}"]
 
 
 # ---------------------------------------------------------------------------- how it goes on
@@ -115,13 +215,13 @@ def state_tensors(optimizer, teacher, config) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_averaged(teacher, tensors: dict[str, torch.Tensor]) -> None:
-    """An averaged teacher as it was saved. tensors: those of state_tensors()."""
+    """Load an averaged teacher from the tensors that state_tensors() gave."""
     for name, parameter in teacher.named_parameters():
         parameter.copy_(tensors[f"teacher/{name}"])
 
 
 def read_state(folder: Path) -> tuple[int, dict]:
-    """(finished steps, tensors) of a killed run, whose files are then brought back to that step."""
+    """(finished steps, tensors) of a killed run. Its other files are cut back to that step."""
     done, tensors, log = 0, {}, checkpoint.read_jsonl(folder / "metrics.jsonl")
     if (folder / "state" / "state.safetensors").exists() or (folder / "result.json").exists():
         done, tensors = checkpoint.load_state(folder / "state")

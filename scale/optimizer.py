@@ -1,9 +1,9 @@
-"""scale/optimizer.py - AdamW for a student in bf16 or fp32, with its own rate for the recovery module.
+"""scale/optimizer.py - AdamW for a bf16 or fp32 student; the recovery module has its own rate.
 
 The idea.  A learning rate of 1e-6 changes a weight by far less than bf16 can resolve (about 0.4 %
-of its value), so updates applied to bf16 weights are rounded away and nothing is learnt. Therefore
-every trained weight that is not float32 has a float32 master: gradients go to the master, AdamW
-steps there, and the rounded result is copied back.
+of its value): updates of bf16 weights are rounded away and nothing is learnt. So every trained
+weight that is not float32 has a float32 master copy. Gradients go to the master, AdamW updates it,
+and the rounded result is copied back.
 
 In:  named parameters, rates.  Out: an object with step() and what a resumed run needs (tensors()).
 
@@ -11,7 +11,7 @@ The one equation (warm-up, and linear decay to a fraction f after S steps):
     rate(s) = lr * min(1, (s + 1) / warmup) * (1 - (1 - f) * s / S)
 
 Use it alone: imports torch only.
-Left out: 8-bit states; weights without weight decay (it is off by default, else it is for all).
+Left out: 8-bit states; exceptions from weight decay (it is off by default, or applies to all).
 """
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ import torch
 class Optimizer:
     """AdamW over float32 masters, two rates, clipping, and a guard against non-finite gradients.
 
-    parameters: [(name, parameter)]; names beginning with "cue_recovery." get `cue_lr`.
-    device: where masters and moments live and are updated, 12 bytes a weight; default: where the
-    weights are. With "cpu" they leave the GPU, at the price of one copy to and fro a step.
+    parameters: [(name, parameter)]; what was added to the model (names that begin with
+    "cue_recovery." or "lora.") gets `cue_lr`.
+    device: where masters and moments live and are updated, 12 bytes per weight (default: where the
+    weights are). "cpu" frees the GPU of them, at the cost of one round trip per step.
     """
 
     def __init__(self, parameters, *, lr: float, cue_lr: float, warmup: int, steps: int,
@@ -39,16 +40,16 @@ class Optimizer:
         self.warmup, self.steps, self.final, self.clip = warmup, steps, final, clip
         groups = {}
         for name, master in zip(self.names, self.masters):
-            rate = cue_lr if name.startswith("cue_recovery.") else lr
+            rate = cue_lr if name.startswith(("cue_recovery.", "lora.")) else lr
             groups.setdefault(rate, []).append(master)
-        # fused: one pass over the weights; the default makes copies as large as they are
+        # fused: one pass over the weights; the default would make copies of them
         self.adam = torch.optim.AdamW([{"params": masters, "base": rate, "lr": rate}
                                        for rate, masters in groups.items()],
                                       betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
     @staticmethod
     def _master(parameter, device) -> torch.Tensor:
-        """The weight itself, or a copy of it in float32, or on another device."""
+        """The weight itself if it is float32 and in place; otherwise such a copy on `device`."""
         exact = torch.promote_types(parameter.dtype, torch.float32)
         if parameter.dtype == exact and device in (None, parameter.device):
             return parameter
@@ -57,7 +58,7 @@ class Optimizer:
     def step(self, step: int) -> float:
         """Clip, set the rate of step `step` (from 0), update, clear. Returns the unclipped norm.
 
-        A norm that is not finite changes nothing; the caller counts these and gives up after a few.
+        If the norm is not finite, no weight changes; the caller counts such steps.
         """
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
@@ -65,7 +66,7 @@ class Optimizer:
                     master.device, master.dtype)
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
-        # of sharded weights (DTensors) it is still to be summed over the ranks
+        # with sharded weights (DTensors) the norm must still be summed over the ranks
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):
             scale = min(1.0, (step + 1) / max(1, self.warmup))
@@ -91,7 +92,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up what tensors() gave. Raises KeyError naming the first tensor that is missing."""
+        """Load what tensors() gave. Raises KeyError naming the first tensor that is missing."""
         for name, parameter, master in zip(self.names, self.parameters, self.masters):
             master.copy_(tensors[f"weight/{name}"])
             if master is not parameter:

@@ -35,7 +35,6 @@ Left out: activation offload, tensor and pipeline parallelism, quantised weights
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -50,7 +49,7 @@ GB = 1e9
 ALLOWANCE = 1.0 * GB         # CUDA context and libraries
 SLACK = 0.05                 # of the peak, for gaps
 CHUNK, ROWS = 256, 16        # tokens with logits, and with float32 copies, at one time: loss.py's
-ROOM, JOIN = 128, 8          # tokens by which the cache grows, places that are filled: rollout.py's
+ROOM, JOIN = 128, 8          # columns the cache grows by (decoder.py), free places (rollout.py)
 GROUP = 4                    # batches of an evaluation whose prompts wait: evaluate.py's
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -274,6 +273,7 @@ class Run:
     gradient_checkpointing: bool = False
     offload_teacher: bool = False
     offload_optimizer: bool = False
+    score_privilege: bool = False
     gpus: int = 1
 
     def reads_once(self) -> bool:
@@ -315,106 +315,107 @@ class Plan:
 
 def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
     """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
-    size = sizes(run, student, teacher or student, most)
-    peaks = {phase.__name__: phase(run, size) for phase in (evaluate, sample, teach, learn, update)}
-    host = {"pictures of the batch": size.prompts * max(size.pixels, size.handed)}
+    z = sizes(run, student, teacher or student, most)
+    peaks = {phase.__name__: phase(run, z) for phase in (evaluate, sample, teach, learn, update)}
+    host = {"pictures of the batch": z.prompts * max(z.pixels, z.handed)}
     if run.offload_optimizer:
-        host["optimizer"] = size.optimizer + size.exact_gradients
+        host["optimizer"] = z.optimizer + z.exact_gradients
     if run.offload_teacher and not run.shares():      # and its hidden states, until they are needed
-        host["teacher"] = size.teacher + size.responses * run.max_new_tokens * size.t.D * size.tb
+        host["teacher"] = z.teacher + z.responses * run.max_new_tokens * z.t.D * z.tb
     if run.device == "cpu":                           # one memory for all
-        rest = sum(host.values()) - host["pictures of the batch"] + size.prompts * size.handed
+        rest = sum(host.values()) - host["pictures of the batch"] + z.prompts * z.handed
         peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
-    parts = {"student's weights": size.weights, "teacher's weights": size.teacher,
-             "gradients": size.gradients, "optimizer": size.optimizer,
-             "key/value cache": size.cache, "activations kept": size.kept,
-             "logits, loss, backward": size.graph - size.kept}
-    numbers = {"student": size.numbers.total, "of it vision": size.numbers.vision,
-               "module": size.module,
-               **({"adapters": size.added - size.module} if size.lora else {}),
-               "trained": size.trained,
-               "teacher": 0 if run.shares() else size.teacher_numbers.total}
+    parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
+             "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
+             "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
+    numbers = {"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
+               **({"adapters": z.added - z.module} if z.lora else {}), "trained": z.trained,
+               "teacher": 0 if run.shares() else z.u.total}
     return Plan(numbers, parts, peaks, host)
 
 
 def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     """What the phases add up: bytes on one GPU, and the numbers of prompts and tokens."""
     m, t, N, b = dimensions(student), dimensions(teacher), run.gpus, DTYPES[run.dtype]
-    c, u = count(m), count(t)
-    size = SimpleNamespace(m=m, t=t, numbers=c, teacher_numbers=u, b=b, most=most)
-    size.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
-    size.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
-    size.responses = size.prompts * run.samples_per_prompt
-    size.patches, size.pixels, features = run.picture(m, most)
-    size.handed = features if run.reads_once() else size.pixels    # to the model, a prompt's
+    z = SimpleNamespace(m=m, t=t, c=count(m), u=count(t), b=b, most=most)
+    z.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
+    z.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
+    z.responses = z.prompts * run.samples_per_prompt
+    z.patches, z.pixels, features = run.picture(m, most)
+    z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
     # held all the time: weights in b bytes; masters and moments in float32
-    size.module = module_size(m, run.every)[1] if run.cue_recovery else 0
-    size.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
-    size.added = size.module + m.layers * size.lora
-    size.trained = size.added + {"all": c.total, "language": c.language}.get(run.train, 0)
-    size.weights = b * (c.total + size.added) / N
-    size.teacher = 0 if run.shares() else size.tb * u.total / N
-    size.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * size.trained / N
-    size.gradients, size.exact_gradients = b * size.trained / N, 4 * size.trained / N
-    size.resting_teacher = 0 if run.offload_teacher else size.teacher
-    size.always = size.weights + size.resting_teacher
-    size.always += 0 if run.offload_optimizer else size.optimizer
+    z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
+    z.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
+    z.added = z.module + m.layers * z.lora
+    z.trained = z.added + {"all": z.c.total, "language": z.c.language}.get(run.train, 0)
+    z.weights = b * (z.c.total + z.added) / N
+    z.teacher = 0 if run.shares() else z.tb * z.u.total / N
+    z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
+    z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
+    z.resting_teacher = 0 if run.offload_teacher else z.teacher
+    z.always = z.weights + z.resting_teacher + (0 if run.offload_optimizer else z.optimizer)
     # a micro-batch: n tokens, in rows of `row`
-    size.row = run.max_prompt_tokens + run.max_new_tokens
-    size.n = min(max(run.micro_batch_tokens, size.row), size.responses * size.row)
-    size.rows = max(1, min(size.n // run.max_prompt_tokens, size.responses))
+    z.row = run.max_prompt_tokens + run.max_new_tokens
+    z.n = min(max(run.micro_batch_tokens, z.row), z.responses * z.row)
+    z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
     # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
-    size.earlier = size.gradients if size.responses * size.row > size.n else 0
+    z.earlier = z.gradients if z.responses * z.row > z.n else 0
     # FSDP2 gathers a layer while the one before computes; the root's (embedding, head, module,
     # adapters) stay gathered. An offloaded teacher's head stays for the whole step
-    size.root, size.gathered = c.embedding + c.head + size.added, 0
+    z.root, z.gathered = z.c.embedding + z.c.head + z.added, 0
     if N > 1:
-        size.gathered = (b * size.root + size.tb * (u.embedding + u.head)
-                      + 2 * max(b * c.layer, size.tb * u.layer))
+        z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
+                      + 2 * max(b * z.c.layer, z.tb * z.u.layer))
     elif run.offload_teacher and not run.shares():
-        size.gathered = size.tb * t.V * t.D
-    size.cache, size.sampling = sampling(run, m, b, size.prompts, most)
-    size.kept, size.graph = learning_with_loss(run, size)
-    return size
+        z.gathered = z.tb * t.V * t.D
+    z.cache, z.sampling = sampling(run, m, b, z.prompts, most)
+    z.kept, z.graph = learning_with_loss(run, z)
+    return z
 
 
-def evaluate(run: Run, size) -> float:
-    """Before the first step, without moments; each of several GPUs has the whole teacher then."""
+def evaluate(run: Run, z) -> float:
+    """Before the first step, without moments: the base answers, then the hinted teacher, unless it
+    only scores. Each of several GPUs has the whole of the model that answers."""
     alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
-    _, generating = sampling(alone, size.t, size.tb, GROUP * alone.sample_batch, size.most)
-    moments = 0 if run.offload_optimizer else 8 * size.trained / run.gpus
-    whole = size.tb * size.teacher_numbers.total if run.gpus > 1 else 0
-    return size.always - moments + whole + (size.teacher - size.resting_teacher) + generating
+    resting = z.always - (0 if run.offload_optimizer else 8 * z.trained / run.gpus)
+
+    def answering(m, b: int, numbers: int) -> float:
+        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, z.most)
+        return resting + generating + (b * numbers if run.gpus > 1 else 0)
+
+    base = answering(z.m, z.b, z.c.total + z.module)
+    if run.score_privilege:
+        return base
+    return max(base, answering(z.t, z.tb, z.u.total) + z.teacher - z.resting_teacher)
 
 
-def sample(run: Run, size) -> float:
+def sample(run: Run, z) -> float:
     """Each of several GPUs has the whole student."""
-    whole = size.b * (size.numbers.total + size.added) if run.gpus > 1 else 0
-    return size.always + whole + size.sampling
+    whole = z.b * (z.c.total + z.added) if run.gpus > 1 else 0
+    return z.always + whole + z.sampling
 
 
-def teach(run: Run, size) -> float:
+def teach(run: Run, z) -> float:
     """The teacher reads a micro-batch. Offloaded, it reads all before the first gradient."""
-    reading = size.n * layer_works(size.t, size.tb, size.row, run.attention, False)
+    reading = z.n * layer_works(z.t, z.tb, z.row, run.attention, False)
     if not run.reads_once():
-        block = block_works(size.t, size.tb, size.patches, run.attention)
-        reading = max(reading, size.rows * size.patches * (block + size.tb * size.t.pixels))
-    beside = size.teacher if run.offload_teacher else size.earlier
-    return size.always + size.gathered + reading + size.rows * size.handed + beside
+        block = block_works(z.t, z.tb, z.patches, run.attention)
+        reading = max(reading, z.rows * z.patches * (block + z.tb * z.t.pixels))
+    beside = z.teacher if run.offload_teacher else z.earlier
+    return z.always + z.gathered + reading + z.rows * z.handed + beside
 
 
-def learn(run: Run, size) -> float:
+def learn(run: Run, z) -> float:
     """Forward and backward of a micro-batch. Gradients of several GPUs add up in float32."""
-    largest = max(size.numbers.layer, size.added if run.frozen() else size.root)
-    adding = (size.b + 4) * largest if run.gpus > 1 else 0
-    return (size.always + size.gathered + adding + size.earlier + size.graph
-            + size.rows * size.handed)
+    largest = max(z.c.layer, z.added if run.frozen() else z.root)
+    adding = (z.b + 4) * largest if run.gpus > 1 else 0
+    return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
 
 
-def update(run: Run, size) -> float:
-    return size.always + (size.gradients if run.offload_optimizer else size.exact_gradients)
+def update(run: Run, z) -> float:
+    return z.always + (z.gradients if run.offload_optimizer else z.exact_gradients)
 
 
 def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
@@ -436,12 +437,12 @@ def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float
     return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 
-def learning_with_loss(run: Run, size) -> tuple[float, float]:
+def learning_with_loss(run: Run, z) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
-    b, m = size.b, size.m
-    kept, backward = learning(m, b, run, size.n, size.rows, size.patches, size.row)
+    b, m = z.b, z.m
+    kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
     head = 0 if run.frozen() else m.V * m.D
-    chunk = min(CHUNK, size.rows * run.max_new_tokens)
+    chunk = min(CHUNK, z.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers
@@ -451,81 +452,117 @@ def learning_with_loss(run: Run, size) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------- what makes it fit
 
-def changes(run: Run) -> list[tuple]:
-    """(setting, value) that saves memory without changing what is learnt, the cheapest first."""
-    out = [("attention", "sdpa")] if run.attention == "eager" else []
-    rows, tokens = run.sample_batch, run.micro_batch_tokens
-    row = run.max_prompt_tokens + run.max_new_tokens
-    while rows > 1:
-        rows //= 2
-        out.append(("sample_batch", rows))
+def changes(run: Run) -> list[tuple[str, dict]]:
+    """What saves memory without changing what is learnt, the cheapest in time first."""
+    out = [("--attention sdpa", {"attention": "sdpa"})] if run.attention == "eager" else []
+    size = run.sample_batch
+    while size > 1:
+        size //= 2
+        out.append((f"--sample-batch {size}", {"sample_batch": size}))
+    if run.gpus > 1 and run.teacher not in ("self", "ema") and not run.score_privilege:
+        out.append(("--score-privilege", {"score_privilege": True}))
     if not run.gradient_checkpointing:
-        out.append(("gradient_checkpointing", True))
-    while tokens > row:
-        tokens = max(tokens // 2, row)
-        out.append(("micro_batch_tokens", tokens))
-    if run.gpus == 1:                                 # distill.py offloads for one process only
-        if not run.offload_teacher and run.teacher != "ema":
-            out.append(("offload_teacher", True))
-        if not run.offload_optimizer:
-            out.append(("offload_optimizer", True))
+        out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    tokens = run.micro_batch_tokens
+    while tokens > run.max_prompt_tokens + run.max_new_tokens:
+        tokens = max(tokens // 2, run.max_prompt_tokens + run.max_new_tokens)
+        out.append((f"--micro-batch-tokens {tokens}", {"micro_batch_tokens": tokens}))
+    if run.gpus > 1:                                  # distill.py offloads for one process only
+        return out
+    if not run.offload_teacher and run.teacher != "ema":
+        out.append(("--offload-teacher", {"offload_teacher": True}))
+    if not run.offload_optimizer:
+        out.append(("--offload-optimizer", {"offload_optimizer": True}))
     return out
 
 
-def make_fit(run: Run, memory: float, *models) -> tuple[dict, Plan]:
-    """Settings that bring the peak below `memory` bytes, as few as found; and the plan with them,
-    which says whether it fits.
+def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan, dict]:
+    """Flags that bring the peak below `memory` bytes, as few as found; the plan with them, which
+    says whether it fits; and the settings they change.
 
     Greedy: takes what lowers the peak until it fits, then gives back what was not needed.
     """
-    taken, best, before = {}, plan(run, *models), math.inf
-    while memory < best.peak < before:
-        before = best.peak
-        for name, value in changes(run):
-            now = plan(replace(run, **{**taken, name: value}), *models)
-            if best.peak > memory and now.peak < best.peak - 1e6:
-                taken.pop(name, None)
-                taken[name], best = value, now
-    for name in list(taken):
-        rest = {k: v for k, v in taken.items() if k != name}
-        now = plan(replace(run, **rest), *models)
+    taken, best = {}, plan(run, *models)
+    options = changes(run)
+    progress = True
+    while best.peak > memory and progress:
+        progress = False
+        for flag, change in options:
+            now = plan(replace(run, **{**merge(taken), **change}), *models)
+            if now.peak < best.peak - 1e6:
+                key = flag.split()[0]
+                taken.pop(key, None)
+                taken[key], best, progress = (flag, change), now, True
+                if now.peak <= memory:
+                    break
+    for key in list(taken):
+        rest = {k: v for k, v in taken.items() if k != key}
+        now = plan(replace(run, **merge(rest)), *models)
         if now.peak <= memory:
             taken, best = rest, now
-    return taken, best
+    return [flag for flag, _ in taken.values()], best, merge(taken)
 
 
-def flags(settings: dict) -> list[str]:
-    """Settings as on the command line."""
-    out = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            out.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            out.append(f"--{flag} {shlex.quote(str(value))}")
-    return out
+def merge(taken: dict) -> dict:
+    return {name: value for _, change in taken.values() for name, value in change.items()}
 
 
-def command(run: Run, config, changed: dict) -> str:
-    """A run's whole command line: what differs from the defaults, with some settings changed."""
-    start = "python" if run.gpus == 1 else f"torchrun --nproc-per-node {run.gpus}"
-    given = {f.name: getattr(config, f.name) for f in fields(config)
-             if f.name not in ("plan", "gpu_memory", "gpus", "name")
-             and getattr(config, f.name) != f.default}
-    return " ".join([start, "distill.py", *flags({**given, **changed})])
+def read_models(config) -> tuple[tuple, str, str]:
+    """(what plan() takes of both models, where the student's shape is from, and the teacher's)."""
+    student, most, where = read_config(config.student)
+    teacher, there = None, ""
+    if config.teacher not in ("self", "ema"):
+        teacher, _, there = read_config(config.teacher)
+    return (student, teacher, most), where, there
+
+
+def choose_sizes(config, memory: float) -> None:
+    """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
+
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
+    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    """
+    free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
+    run = from_settings(config)
+    if memory and free:
+        models, _, _ = read_models(config)
+        row = run.max_prompt_tokens + run.max_new_tokens
+        sizes = {"micro_batch_tokens": (32768, 24576, 16384, 12288, 8192, row),
+                 "sample_batch": (128, 96, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)}
+        run = replace(run, **{name: sizes[name][-1] for name in free})
+        scores = replace(run, score_privilege=True)
+        if (run.gpus > 1 and run.teacher not in ("self", "ema")
+                and plan(run, *models).peak > 0.9 * memory * GB >= plan(scores, *models).peak):
+            run, config.score_privilege = scores, True
+        for name in reversed(free):          # the micro-batch first: it decides the longest phase
+            for size in sizes[name]:
+                tried = replace(run, **{name: size})
+                if size >= row * (name != "sample_batch") and (
+                        plan(tried, *models).peak <= 0.9 * memory * GB):
+                    run = tried
+                    break
+    config.sample_batch, config.micro_batch_tokens = run.sample_batch, run.micro_batch_tokens
+
+
+def fitted(config, memory: float) -> tuple:
+    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say of them).
+    """
+    sized = replace(config)
+    choose_sizes(sized, memory)
+    run, (models, _, _) = from_settings(sized), read_models(sized)
+    return verdict(run, plan(run, *models), memory, models, config, sized)
 
 
 def report(config) -> str:
     """The table of `distill.py --plan`, for a distill.Config. Raises ValueError for a model whose
     shape cannot be had."""
-    run, memory = from_settings(config), config.gpu_memory
+    asked, config, memory = config, replace(config), config.gpu_memory
+    choose_sizes(config, memory)
+    run = from_settings(config)
     if run.gpus > 1 and (run.offload_teacher or run.offload_optimizer):
         raise ValueError("--offload-teacher and --offload-optimizer are for one GPU")
-    student, most, where = read_config(config.student)
-    teacher, there = None, ""
-    if config.teacher not in ("self", "ema"):
-        teacher, _, there = read_config(config.teacher)
-    models = (student, teacher, most)
+    models, where, there = read_models(config)
+    student, _, most = models
     made = plan(run, *models)
     m = dimensions(student)
     lines = [f"student {config.student}: shape from {where}"]
@@ -545,27 +582,51 @@ def report(config) -> str:
         lines.append(f"  (in the peaks: {ALLOWANCE / GB:.0f} GB for the CUDA context and "
                      f"{100 * SLACK:.0f} % for gaps, assumed, not measured)")
     if memory:
-        lines += ["", verdict(run, made, memory, models, config)]
+        lines += ["", verdict(run, made, memory, models, asked, config)[1]]
     return "\n".join(lines)
 
 
-def verdict(run: Run, made: Plan, memory: float, models, config) -> str:
-    """Whether the run fits, and the command that makes it fit."""
-    size = f"{memory:g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
-    if made.peak <= memory * GB:
-        return f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run, config, {})}"
-    changed, best = make_fit(run, memory * GB, *models)
+def command(gpus: int, config) -> str:
+    """The whole command line of a run: what differs from the defaults."""
+    words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
+    words.append("distill.py")
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
+            continue
+        flag = setting.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
+    """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
+
+    asked: the settings as typed; sized: with the sizes that choose_sizes found.
+    """
+    size = f"{memory:.3g} GB" + (f" on each of {run.gpus} GPUs" if run.gpus > 1 else "")
+    # sizes that are chosen here leave some room
+    room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
+    if made.peak <= room:
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, sized)}"
+    flags, best, changed = make_fit(run, room, *models)
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
-    if best.peak <= memory * GB:
+    if best.peak <= room:
+        sized = replace(asked, **changed)             # with these flags there may be room for more
+        choose_sizes(sized, memory)
+        best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return (text + f"It does, in {best.peak / GB:.1f} GB, with {' '.join(flags(changed))} "
-                f"({host}):\n  {command(run, config, changed)}")
-    tried, phase = " ".join(flags(changed)) or "any flag", max(best.peaks, key=best.peaks.get)
-    text += f"Nor with {tried}: {best.peak / GB:.1f} GB, in \"{phase}\"."
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):"
+                       f"\n  {command(run.gpus, sized)}")
+    phase = max(best.peaks, key=best.peaks.get)
+    text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
-            and make_fit(replace(run, train=train), memory * GB, *models)[1].peak <= memory * GB]
-    return text + (f" --train {' or --train '.join(less)} would." if less else
-                   " A smaller model, shorter --max-new-tokens or more GPUs would.")
+            and make_fit(replace(run, train=train), room, *models)[1].peak <= room]
+    return sized, text + (f" --train {' or --train '.join(less)} would." if less else
+                          " A smaller model, shorter --max-new-tokens or more GPUs would.")
 
 
 def from_settings(config) -> Run:
@@ -575,4 +636,6 @@ def from_settings(config) -> Run:
     values["device"] = config.device or "cuda"
     values["gpus"] = config.gpus or int(os.environ.get("WORLD_SIZE", 1))
     values["dtype"] = config.dtype or ("float32" if config.device == "cpu" else "bfloat16")
+    values["sample_batch"] = config.sample_batch or Run.sample_batch
+    values["micro_batch_tokens"] = config.micro_batch_tokens or Run.micro_batch_tokens
     return Run(**values)

@@ -1,19 +1,19 @@
-"""scale/sharding.py - several processes, one student: each rank holds a slice of every weight (FSDP2).
+"""scale/sharding.py - several processes, one student: each holds a slice of every weight (FSDP2).
 
-The idea.  N processes, one a GPU, run the same script. A step's prompts are dealt out like cards:
-rank r takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient and optimizer
-moment; a layer is put together (all-gather) just before it runs and dropped after, and its
-gradients are added up over the ranks and cut again (reduce-scatter). That is torch's own
-fully_shard; this file is what on-policy distillation needs around it.
+The idea.  N processes (ranks), one per GPU, run the same script. A step's prompts are dealt out
+like cards: rank r takes rows r, r + N, r + 2N, ... Each rank keeps 1/N of every weight, gradient
+and optimizer moment. A layer is gathered just before it runs and dropped afterwards; its gradients
+are summed over the ranks and cut again. All this is torch's own fully_shard. This file adds what
+on-policy distillation needs around it.
 
     rank 0   rows 0 2 4 --sample alone--> score, micro-batch by micro-batch --.
                                             |  all-gather, reduce-scatter  >-- sum --> 1/N of update
     rank 1   rows 1 3   --sample alone--> score, the same number of them -----'
 
 In:  the environment that torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK).  Out: a few functions.
-Without WORLD_SIZE, or with 1, every one of them is the identity: nothing is started or sent.
+Without WORLD_SIZE, or with 1, each of them is the identity: nothing is started or sent.
 
-The one equation.  With R_r the rows of rank r, and B all rows of the step wherever they are:
+The one equation.  R_r are the rows of rank r, B is the number of rows on all ranks:
     gradient = sum_r  sum_{i in R_r}  (1/B) gradient_i        a sum over ranks, not FSDP's mean
 
 Run
@@ -22,17 +22,17 @@ Run
 What would bite
 1) Every rank must call the same collectives in the same order, or all wait forever. Ranks differ in
    how many micro-batches they have, and in whether one has a picture in it, which decides if the
-   vision tower runs. in_step() evens both out with rows of no response token: no loss, no gradient.
-2) Sampling would gather every layer once a token, and ranks stop at different times. gathered()
-   puts the model together once; until its end no rank waits for another.
+   vision tower runs. even_out() adds rows without a response token: no loss, no gradient.
+2) Sampling would gather every layer once per token, and ranks stop at different times. Inside
+   gathered() the student is held in full, so no rank waits for another.
 3) The head is used outside of forward, by the loss. Its weight belongs to the root's group, which
    is whole from last_hidden_state() to the end of backward; a teacher has none: release() it.
 4) A hook that uses weights of its own layer must be registered before fully_shard; and those
    weights may not be in that layer's group. cue_recovery's are in the root's.
-5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills who is
-   stuck in NCCL's after 30 s (--shutdown-timeout). peers() turns the failure into one line.
-Left out: tensor and pipeline parallelism, offloading to CPU memory. A GPU must hold a whole copy of
-the student, since it samples with one.
+5) A rank that dies ends the others: gloo's collectives fail at once, and torchrun kills ranks that
+   hang in NCCL after 30 s (--shutdown-timeout). peers() turns the failure into one line.
+Left out: tensor and pipeline parallelism, offloading to CPU memory. Each GPU must hold a full copy
+of the student while it samples.
 """
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from datetime import timedelta
 
 import torch
 
-rank, world = 0, 1          # set by start(); world 1 is a run without any of this
-device = mesh = None        # of this rank; over all ranks
+rank, world = 0, 1          # set by start(); world is the number of processes
+device = mesh = None        # this rank's device; the mesh of all ranks
 PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data while the others wait
 
 
@@ -81,7 +81,7 @@ def start(kind: str = "") -> None:
 
 @contextmanager
 def peers():
-    """Around the whole script: leave what start() joined; a lost process becomes one line."""
+    """Wrap the whole script: leaves the group at the end; a lost process becomes one line."""
     global rank, world, device, mesh
     outer = world == 1
     try:
@@ -102,7 +102,7 @@ def peers():
 
 
 def lost_a_peer(error: RuntimeError) -> bool:
-    """Is this what a collective raises when the other end has died?"""
+    """Whether this error is what a collective raises when another process has died."""
     return isinstance(error, torch.distributed.DistError) or any(
         sign in str(error) for sign in ("gloo", "Connection closed by peer", "Connection reset"))
 
@@ -129,7 +129,7 @@ def gather(value) -> list:
 
 
 def collect(rows):
-    """All ranks' rows in one list, in the order that share() took them from."""
+    """All ranks' rows in one list, in the order they had before share()."""
     if world == 1:
         return rows
     parts = gather(rows)
@@ -150,13 +150,13 @@ def from_main(value):
 
 
 def barrier() -> None:
-    """Go on when all have come here."""
+    """Wait until all ranks have reached this line."""
     gather(None)
 
 
 @contextmanager
 def main_first():
-    """Rank 0 runs the block, then the others: what it wrote, they find."""
+    """Rank 0 runs the block first, so that the others find what it wrote."""
     if not is_main():
         barrier()
     yield
@@ -169,19 +169,18 @@ def main_first():
 def load_options(options: dict) -> dict:
     """What to change in the arguments of model.load: rank 0 reads the weights, into CPU memory.
 
-    The other ranks build the shapes only; shard() sends each its slices. So the memory of a machine
-    holds one copy, not one a GPU.
+    The other ranks build shapes only; shard() sends each its slices. So a machine's CPU memory
+    holds one copy, not one per GPU.
     """
     if world == 1:
         return options
-    dtype = options["dtype"] or ("float32" if device.type == "cpu" else "bfloat16")
-    return {**options, "device": "cpu" if is_main() else "meta", "dtype": dtype}
+    return {**options, "device": "cpu" if is_main() else "meta"}
 
 
 def shard(model):
-    """Cut a Qwen3-VL's weights over the ranks, in place; each layer is a group, the rest the root.
+    """Cut a Qwen3-VL's weights into slices, in place. Each layer is a group; the rest is the root.
 
-    Rank 0's weights count, and the others' may be on the meta device. Parameters become DTensors:
+    Rank 0's weights are used; the others' may be on the meta device. Parameters become DTensors:
     make the optimizer afterwards.
     """
     if world == 1:
@@ -198,14 +197,14 @@ def shard(model):
         module.set_force_sum_reduction_for_comms(True)      # gloo has no other
     model.backbone = lambda **batch: model.model(**batch).last_hidden_state
     register_fsdp_forward_method(model, "backbone")
-    # torch finds the root in the first forward pass, but a rank may have nothing to sample then
+    # torch would find the root in the first forward pass, but a rank may have nothing to sample
     model._get_fsdp_state()._lazy_init()
 
 
 def _receive(module) -> None:
-    """Rank 0's weights of this module, whole, on every rank's device; those cut already stay."""
+    """Copy rank 0's weights of this module to every rank; skip weights already in slices."""
     from torch.distributed.tensor import DTensor
-    done = {}         # id -> (old, new): a tied weight stands in two places and must stay one
+    done = {}         # id -> (old, new): a tied weight has two names and must stay one tensor
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, old in table.items():
@@ -221,14 +220,14 @@ def _receive(module) -> None:
                 table[name] = done[id(old)][1]
 
 
-def last_hidden_state(model, **batch) -> torch.Tensor:
+def last_hidden_state(model, batch: dict) -> torch.Tensor:
     """Of model.model(**batch), in sight of the root: its head stays whole until backward ends."""
-    return model.model(**batch).last_hidden_state if world == 1 else model.backbone(**batch)
+    return model.backbone(**batch, use_cache=False)
 
 
 @contextmanager
 def gathered(model):
-    """Every rank has all weights meanwhile: no collective in a forward pass. Not for backward."""
+    """Every rank holds the full model: forward passes need no collective. Not for backward."""
     if world == 1:
         yield
         return
@@ -245,11 +244,11 @@ def gathered(model):
 
 
 def release(model) -> None:
-    """Back to slices, after forward passes that no backward pass followed."""
+    """Back to slices, after forward passes without a backward pass."""
     if world > 1:
         for module in _groups(model):
             module.reshard()
-        model.reset_iter_state()        # forget the order of layers that a backward pass would need
+        model.reset_iter_state()        # the recorded order of layers was for a backward pass
 
 
 def _groups(model) -> list:
@@ -257,26 +256,29 @@ def _groups(model) -> list:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def in_step(groups: list[list[int]], prompts, processor) -> list[tuple[list[int], list]]:
-    """This rank's micro-batches, as [(rows, blank prompts to add)], such that all ranks run alike.
+def even_out(processor, groups: list[list[int]], prompts, hinted, responses) -> list[list[int]]:
+    """This rank's micro-batches (rows of the three lists) such that all ranks run alike.
 
-    1) As many as the rank with the most; those that a rank lacks have no rows.
+    1) As many as the rank with the most; those that a rank lacks have blank rows only.
     2) If one rank's micro-batch has a picture, or a video, each rank's has: the tower runs on all.
-    A blank is a prompt without a response, so that it has a part in no sum.
+    A blank row is a prompt without a response, so that it has a part in no sum. It is appended to
+    the lists, whose rows keep their numbers.
     """
-    if world == 1:
-        return [(rows, []) for rows in groups]
-    kinds = [{kind for row in rows for kind, seen in (("picture", prompts[row].grids),
-                                                      ("video", prompts[row].video_grids)) if seen}
-             for rows in groups]
+    kinds = [{kind for row in rows for kind, found in (("picture", prompts[row].grids),
+                                                       ("video", prompts[row].video_grids))
+              if found} for rows in groups]
     everyone = gather(kinds)
     out = []
     for i in range(max(map(len, everyone))):
         mine = kinds[i] if i < len(kinds) else set()
         wanted = set().union(*(theirs[i] for theirs in everyone if i < len(theirs)))
-        rows = groups[i] if i < len(groups) else []
-        blanks = [_blank(kind, processor) for kind in sorted(wanted - mine)]
-        out.append((rows, blanks if rows or blanks else [_blank("text", processor)]))
+        rows = list(groups[i]) if i < len(groups) else []
+        for kind in sorted(wanted - mine) or ([] if rows else ["text"]):
+            rows.append(len(prompts))
+            for side, added in ((prompts, _blank(kind, processor)),
+                                (hinted, _blank(kind, processor)), (responses, [])):
+                side.append(added)
+        out.append(rows)
     return out
 
 
@@ -291,14 +293,14 @@ def _blank(kind: str, processor):
 # ---------------------------------------------------------------------------- files
 
 def weights(model) -> dict | None:
-    """For model.save: whole weights in rank 0's CPU memory; None where the model has its own."""
+    """Full weights in rank 0's CPU memory, for saving; None in one process."""
     return None if world == 1 else whole(model.state_dict(keep_vars=True))
 
 
 def whole(tensors: dict) -> dict:
-    """Put slices together, one tensor after the other, in rank 0's CPU memory; elsewhere {}.
+    """Gather slices, one tensor at a time, into rank 0's CPU memory; other ranks get {}.
 
-    All ranks must call it with the same names. So a file has one format for any number of ranks.
+    All ranks must call it with the same names. A file has the same format for any number of ranks.
     """
     if world == 1:
         return tensors
@@ -313,11 +315,11 @@ def whole(tensors: dict) -> dict:
 
 
 def cut(tensors: dict) -> dict:
-    """The way back: rank 0's whole tensors to slices on all ranks; the others' are not read."""
+    """The inverse of whole(): cut rank 0's tensors into slices on all ranks."""
     if world == 1:
         return tensors
     from torch.distributed.tensor import Shard, distribute_tensor
-    # single numbers (a step count) go as they are, of the rest the shapes, then the slices
+    # single numbers (a step count) are sent as they are; the rest as shapes first, then slices
     heads = from_main({name: tensor if tensor.dim() == 0 else tensor.to("meta")
                        for name, tensor in tensors.items()})
     out = {}

@@ -5,7 +5,7 @@ import random
 import sys
 from pathlib import Path
 
-# Before torch is imported: two threads on a busy two-core machine spin on each other (QWEN3VL.md).
+# Before torch is imported: two threads on a busy two-core machine wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent

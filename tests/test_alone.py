@@ -39,6 +39,7 @@ ALONE = {
 }
 # Files to be copied in company, the one they need given.
 COMPANY = {"data/leaks.py": ("benchmarks/grade.py", "audit('A red circle.', '4')"),
+           "scale/decoder.py": ("rollout.py", "fill_gaps([0, 2])"),
            "analysis/figures.py": ("benchmarks/counting.py", "missing('x')")}
 
 
@@ -108,7 +109,8 @@ ROOMS = ("data", "benchmarks", "scale", "analysis")
 # Every file below may import from the rooms and files before it in this list, and its own room.
 FLOORS = [("model", "cue_recovery", "teacher", "rollout", "loss", "benchmarks.counting",
            "benchmarks.grade", "benchmarks.readers", "benchmarks.scores", "data"),
-          ("scale",), ("evaluate",), ("distill",), ("analysis", "benchmarks.run", "data.cues")]
+          ("scale",), ("evaluate",), ("distill",),
+          ("analysis", "benchmarks.run", "data.cues", "data.make_tiny")]
 
 
 def ours():

@@ -1,4 +1,4 @@
-"""benchmarks.py and metrics.py on fabricated files: every layout, every trap, sums by hand."""
+"""readers.py and scores.py on fabricated files: every layout, every trap, sums by hand."""
 import csv
 import json
 import random
@@ -220,7 +220,7 @@ def test_mmmu_pictures_that_the_text_refers_to_must_be_there(tmp_path):
 @pytest.mark.parametrize("form", ["json", "tsv"])
 def test_video_mme(form, tmp_path):
     items = get("video-mme", tmp_path, form)
-    first, second, third = (items[key] for key in ("-abc_DE-1", "fghij-2", "klmno-3"))
+    first, second, third = (items[key] for key in ("001-1", "002-2", "003-3"))
     assert [path.rsplit("/", 1)[1] for path in first["video"]] == [f"{n}.jpg" for n in range(1, 13)]
     assert first["fps"] == 2 and first["options"]["D"] == "It is A."
     assert second["video"].endswith("data/fghij.MP4") and third["video"].endswith("klmno.mkv")
@@ -443,18 +443,46 @@ def test_hostile_json(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "a/../../secret.png",
-                                  "link.png"])
+                                  "linked/../../secret.png"])
 def test_pictures_may_not_lie_outside_the_source_folder(name, tmp_path):
-    """The message names the path; a symbolic link out of the folder is a path out of it, too."""
+    """The message names the path."""
     (tmp_path / "secret.png").write_bytes(fabricate.png("secret"))
     folder = tmp_path / "source"
     fabricate.official("mathverse", folder)
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
     rows = json.loads((folder / "testmini.json").read_text())
     rows[0]["image"] = name
     (folder / "testmini.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="row 1: .* lies outside the source folder"):
         load("mathverse", folder, check_rows=False)
+
+
+def test_links_of_the_owner_are_followed(tmp_path):
+    """A snapshot of the hub is nothing but links into its cache; all of them "lay outside"."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    fabricate.official("mathverse", blobs)
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert content({i["id"]: i for i in load("mathverse", snapshot)}) == content(
+        {i["id"]: i for i in load("mathverse", blobs)})
+
+
+def test_values_that_no_file_or_number_can_be(tmp_path):
+    """Found by changing bytes at random: each was a traceback, or ended the run when written."""
+    for name, old, new in (("vision-r1", "images/0_0.png", "x" * 5000 + ".png"),
+                           ("vision-r1", "Find x", "\\ud83d"),
+                           ("mathvista", '"precision": 1.0', '"precision": 1e999'),
+                           ("video-mme", "fghij", "v" * 5000)):
+        folder = tmp_path / f"{name}{len(new)}"
+        fabricate.official(name, folder)
+        path, = readers.find(name, folder)[1]
+        whole = path.read_text()
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match="row \\d") as error:
+            load(name, folder, check_rows=False)
+        assert len(str(error.value)) < 1000
 
 
 def test_videos_may_not_lie_outside_the_source_folder(tmp_path):
@@ -486,7 +514,7 @@ def test_frame_indices_are_those_of_linspace():
 
 
 def test_frames_of_a_picture_folder(tmp_path):
-    item = get("video-mme", tmp_path)["-abc_DE-1"]
+    item = get("video-mme", tmp_path)["001-1"]
     pictures, times = frames(item, 4)
     assert [path.rsplit("/", 1)[1] for path in pictures] == ["1.jpg", "5.jpg", "8.jpg", "12.jpg"]
     assert times == [0, 2, 3.5, 5.5]

@@ -1,5 +1,4 @@
-"""checkpoint.py: whatever moment a run is killed at, what it left behind is whole or refused by
-name."""
+"""checkpoint.py: whenever a run is killed, each of its files is complete, or refused by name."""
 import json
 
 import pytest
@@ -21,7 +20,7 @@ def same(a, b):
 # ---------------------------------------------------------------------------- the state
 
 def test_state_comes_back_bit_for_bit(tmp_path):
-    """Of every type, also a 0-dimensional one and a transposed view; the folder is made."""
+    """Tensors of every type, also 0-dimensional and transposed ones. The folder is created."""
     save_state(tmp_path / "run" / "state", 12, STATE)
     step, tensors = load_state(tmp_path / "run" / "state")
     assert step == 12 and same(tensors, STATE)
@@ -33,9 +32,8 @@ def test_state_comes_back_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("dies_in", ["save_file", "os.fsync", "os.replace"])
 def test_a_kill_while_saving_leaves_the_old_state(tmp_path, monkeypatch, dies_in):
-    """PITFALLS 22. A run killed in the middle of a save had lost the old state and had half of the
-    new one. Half a file is under another name here, and does not stand in the way of the next
-    save."""
+    """A run killed in the middle of a save had lost the old state and had half of the new one.
+    Here half a file has a temporary name, and the next save overwrites it."""
     save_state(tmp_path, 1, STATE)
 
     def half_a_file(tensors, path, metadata=None):
@@ -57,7 +55,7 @@ def test_a_kill_while_saving_leaves_the_old_state(tmp_path, monkeypatch, dies_in
 
 
 def test_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
-    """Else a power cut leaves the new name on an empty file."""
+    """Otherwise a power cut leaves an empty file under the new name."""
     order = []
     for name in ("fsync", "replace"):
         real = getattr(checkpoint.os, name)
@@ -147,7 +145,7 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
 
 
 def test_a_resumed_run_appends_after_a_cut_line(tmp_path):
-    """PITFALLS 22. A line appended to half a line would be lost together with it."""
+    """A line appended to half a line would be lost together with it."""
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         append_jsonl(path, {"step": step})

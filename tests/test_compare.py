@@ -1,4 +1,4 @@
-"""compare.py: intervals over seeds, what makes an arm, and nothing dropped without a word."""
+"""compare.py: intervals over seeds, what makes an arm, and nothing dropped silently."""
 import csv
 import doctest
 import json
@@ -98,8 +98,8 @@ def test_runs_that_differ_in_a_setting_are_two_arms(tmp_path, change):
 
 
 def test_the_gain_by_the_module_is_paired_by_seed(tmp_path):
-    """Seeds 0 and 1 have both arms: they differ by 0.05 and 0.07, and the seeds by 0.2."""
-    off = dict(cue_recovery=False)     # with two rates of a module that is not there: one arm
+    """Seeds 0 and 1 exist in both arms. The arms differ by 0.05 and 0.07, the seeds by 0.2."""
+    off = dict(cue_recovery=False)     # the rate of a module that is off does not matter: one arm
     runs = [make_run(tmp_path, "a0", 0.60, seed=0, cue_lr=7.0, **off),
             make_run(tmp_path, "a1", 0.80, seed=1, cue_lr=8.0, **off),
             make_run(tmp_path, "b0", 0.65, seed=0), make_run(tmp_path, "b1", 0.87, seed=1),
@@ -152,7 +152,7 @@ def test_an_unfinished_run_is_listed(tmp_path):
 
 
 def test_a_result_of_an_older_version_still_makes_a_row(tmp_path):
-    """No count of occurrences, no added parameters, a setting that was not: shown as unknown."""
+    """Without occurrences, added parameters or a newer setting: these are shown as unknown."""
     run = make_run(tmp_path, "old")
     for name in ("parameters_added", "student_hint_count", "student_grounded"):
         del run.result[name]

@@ -1,4 +1,5 @@
 """distill.py: the step, the loop, the command line. Everything on the tiny checkpoint."""
+import dataclasses
 import json
 import math
 import os
@@ -11,12 +12,14 @@ import time
 import pytest
 import torch
 
-from scale import checkpoint
+from scale import checkpoint, longrun, offload
+from scale.decoder import FastDecoder
 import cue_recovery
 import distill
 import evaluate
 import model as qwen
 import teacher as teaching
+from analysis import compare, report
 from conftest import ROOT
 from rollout import sample
 
@@ -40,6 +43,20 @@ class KeepGradients:
         return 1.0
 
 
+def take_step(student, teacher, processor, records, settings, step, optimizer):
+    """(metrics, answers) of a step with the parts of scale/ that the loop would give it."""
+    return distill.run_step(student, teacher, processor, records, settings, step, optimizer,
+                            distill.scale_for(settings, student, teacher, processor))
+
+
+def rows_of(student, processor, prompts, settings, seed):
+    """The rollout of a step's prompts, each K times."""
+    settings = dataclasses.replace(settings, batch_size=len(prompts), seed=seed)
+    return distill.sample_responses(student, processor, prompts,
+                                    distill.uniform_numbers(settings, 0), settings,
+                                    FastDecoder)
+
+
 def one_step(tiny, records, step=0, **changes):
     """(metrics, gradients) of a training step that updates nothing."""
     student, processor = tiny
@@ -47,8 +64,8 @@ def one_step(tiny, records, step=0, **changes):
     if getattr(student, "cue_recovery", None) is None:
         cue_recovery.attach(student, every=2)
     keep = KeepGradients(student)
-    metrics, _ = distill.training_step(student, teacher, processor, records[:6], config(**changes),
-                                       step, keep)
+    metrics, _ = take_step(student, teacher, processor, records[:6],
+                           config(batch_size=len(records[:6]), **changes), step, keep)
     return metrics, keep.kept
 
 
@@ -88,7 +105,7 @@ def test_step_loss_equals_scoring_each_row_alone(tiny, records):
     student, processor = tiny
     teacher = teaching.frozen_copy(student)
     prompts = [processor.prompt(r) for r in records[:6]]
-    rollout = distill.sample_all(student, processor, prompts, config(), seed=0)
+    rollout = rows_of(student, processor, prompts, config(), seed=0)
     total = 0.0
     for record, ids, n in zip(records, rollout.ids, rollout.lengths.tolist()):
         logprobs = []
@@ -110,7 +127,7 @@ def two_steps(student, teacher, processor, records, config):
     optimizer = distill.Optimizer(weights, lr=config.lr, cue_lr=0.05, warmup=1, steps=4, final=1.0,
                                   clip=1.0)
     batch = records[:6]
-    out = [distill.training_step(student, teacher, processor, batch, config, step, optimizer)[0]
+    out = [take_step(student, teacher, processor, batch, config, step, optimizer)[0]
            for step in range(2)]
     return [{k: v for k, v in m.items() if "second" not in k} for m in out], dict(weights)
 
@@ -137,7 +154,7 @@ def test_an_offloaded_teacher_teaches_the_same(tiny, records, monkeypatch):
     student, processor = tiny
     expected, kept = one_step(tiny, records, micro_batch_tokens=200)
     turns = []
-    monkeypatch.setattr(teaching, "carry", lambda x, device: turns.append(device) or x.clone())
+    monkeypatch.setattr(offload, "carry", lambda x, device: turns.append(device) or x.clone())
     found, again = one_step(tiny, records, micro_batch_tokens=200, offload_teacher=True)
     assert found["loss"] == expected["loss"]
     assert all(torch.equal(kept[name], again[name]) for name in kept)
@@ -150,9 +167,9 @@ def test_step_samples_differ_between_steps_and_repeat_for_one(tiny, records):
     student, processor = tiny
     prompts = [processor.prompt(records[0])] * 8
     hot = config(temperature=3.0)
-    first = distill.sample_all(student, processor, prompts, hot, seed=1).ids
-    assert torch.equal(first, distill.sample_all(student, processor, prompts, hot, seed=1).ids)
-    other = distill.sample_all(student, processor, prompts, hot, seed=2).ids
+    first = rows_of(student, processor, prompts, hot, seed=1).ids
+    assert torch.equal(first, rows_of(student, processor, prompts, hot, seed=1).ids)
+    other = rows_of(student, processor, prompts, hot, seed=2).ids
     assert first.shape != other.shape or not torch.equal(first, other)
     assert len({tuple(row.tolist()) for row in first}) > 4
 
@@ -161,8 +178,8 @@ def test_sample_in_parts_changes_no_token(tiny, records):
     """Rows draw from numbers of their own: how a step is cut (by memory, by ranks) is not seen."""
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records[:5]]
-    whole = distill.sample_all(student, processor, prompts, config(temperature=1.5), seed=0)
-    parts = distill.sample_all(student, processor, prompts,
+    whole = rows_of(student, processor, prompts, config(temperature=1.5), seed=0)
+    parts = rows_of(student, processor, prompts,
                                config(temperature=1.5, sample_batch=2), seed=0)
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.lengths, parts.lengths)
 
@@ -173,9 +190,9 @@ def test_several_samples_of_a_prompt_are_averaged(tiny, records):
     prompts = [processor.prompt(r) for r in records[:6]]
     twice, cut = config(samples_per_prompt=2), config(samples_per_prompt=2, sample_batch=5)
     doubled = [p for p in prompts for _ in range(2)]
-    rollout = distill.sample_all(student, processor, doubled, twice, seed=0)
-    again = distill.sample_all(student, processor, doubled, config(sample_batch=12), seed=0)
-    parts = distill.sample_all(student, processor, doubled, cut, seed=0)
+    rollout = rows_of(student, processor, prompts, twice, seed=0)
+    again = rows_of(student, processor, doubled, config(sample_batch=12), seed=0)
+    parts = rows_of(student, processor, prompts, cut, seed=0)
     assert len(rollout.ids) == 12 and rollout.ids.tolist() == again.ids.tolist()
     assert rollout.ids.tolist() == parts.ids.tolist()
     one, a = one_step(tiny, [r for r in records[:3] for _ in range(2)], sample_batch=12)
@@ -189,8 +206,9 @@ def test_micro_batches_cover_all_rows_within_the_budget(tiny, records):
     student, processor = tiny
     prompts = [processor.prompt(r) for r in records]
     hinted = [processor.prompt(r, r["cue"]) for r in records]
-    rollout = distill.sample_all(student, processor, prompts, config(sample_batch=24), seed=0)
-    groups = distill.micro_batches(prompts, hinted, rollout, 300)
+    rollout = rows_of(student, processor, prompts, config(sample_batch=24), seed=0)
+    responses = [ids[:n].tolist() for ids, n in zip(rollout.ids, rollout.lengths)]
+    groups = distill.micro_batches(prompts, hinted, responses, 300)
     assert sorted(row for group in groups for row in group) == list(range(24))
     assert len(groups) > 1
     for group in groups:
@@ -208,10 +226,10 @@ def test_batches_read_every_record_once_an_epoch():
 
 def test_hints_are_counted_as_whole_words_in_any_case():
     """Table 8 of the paper: rows with the word, and how often it stands there."""
-    from rollout import Rollout
-    rollout = Rollout(torch.zeros(3, 2), torch.tensor([2, 1, 2]), torch.tensor([True, True, False]),
-                      torch.zeros(3, 2))
-    got = distill.describe(rollout, ["The [hint] says: HINT", "hints are hinting", "no"])
+    texts = ["The [hint] says: HINT", "hints are hinting", "no"]
+    got = distill.metrics_of(1, [distill.Sums()], [
+        {"response": text, "length": n, "stopped": stopped}
+        for text, n, stopped in zip(texts, (2, 1, 2), (True, True, False))])
     assert (got["hint_rows"], got["hint_count"]) == (1, 2)
     assert got["length"] == pytest.approx(5 / 3) and got["cut_off"] == pytest.approx(1 / 3)
 
@@ -462,3 +480,68 @@ def test_sampled_vision_ids_are_impossible(tiny, records):
     got = sample(student, batch, max_new_tokens=16, stop_ids=processor.stop_ids,
                  banned_ids=processor.banned_ids, generator=torch.Generator().manual_seed(0))
     assert not torch.isin(got.ids, torch.tensor([processor.image_id, processor.video_id])).any()
+
+
+def test_the_time_left_counts_steps_and_evaluations(tmp_path):
+    """The bar's own guess took one evaluation amid ten steps for slow steps to come."""
+    settings = config(steps=10, eval_every=5)
+    log = longrun.Log(tmp_path, settings, evaluation=60.0)
+    step = {"step": 4, "sample_seconds": 10.0, "score_seconds": 20.0}
+    assert log.time_left(step) == "05:00"              # six steps, one evaluation amid and one last
+    assert log.time_left({**step, "step": 10}) == "01:00"
+
+
+def test_adapters_train_and_are_merged_into_the_checkpoint(toy_folder, tmp_path, monkeypatch):
+    """One backbone is both models; the checkpoint is a plain one, the adapters stand beside it."""
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "l", "--steps", "2", "--train", "lora", "--lora-rank", "2",
+                         "--gradient-checkpointing"))
+    folder = tmp_path / "runs" / "l" / "checkpoint"
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    student, _ = qwen.load(folder, device="cpu")
+    base, _ = qwen.load(qwen.TINY, device="cpu")
+    before, after = base.state_dict(), student.state_dict()
+    changed = {n for n, w in before.items() if not torch.equal(w, after[n])}
+    assert changed and all(n.rsplit(".", 2)[1].endswith("_proj") for n in changed)
+    assert not any(".visual." in n for n in changed) and not any("lora" in n for n in after)
+    whole = losses(tmp_path / "runs" / "l")
+    # a resumed run takes up adapters and moments
+    distill.main(command(toy_folder, "m", "--steps", "1", "--train", "lora", "--lora-rank", "2"))
+    distill.main(["--resume", "runs/m", "--steps", "2"])
+    assert losses(tmp_path / "runs" / "m")[0] == pytest.approx(whole[0])
+
+
+def test_half_the_rows_when_memory_runs_out_and_then_one_line(toy_folder, tmp_path, monkeypatch,
+                                                              capsys):
+    """The error came after both evaluations, as a traceback, and --resume refused smaller sizes."""
+    monkeypatch.chdir(tmp_path)
+    original, sizes = distill.training_step, []
+
+    def small_memory(*arguments):
+        sizes.append((arguments[5].sample_batch, arguments[5].micro_batch_tokens))
+        if len(sizes) in (2, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(*arguments)
+
+    distill.main(command(toy_folder, "plain", "--steps", "2"))
+    monkeypatch.setattr(distill, "training_step", small_memory)
+    arguments = command(toy_folder, "o", "--micro-batch-tokens", "1000")
+    with pytest.raises(SystemExit, match="--resume runs/o --sample-batch 1 --micro-batch-tokens 250"):
+        distill.main([*arguments, "--steps", "3"])
+    assert sizes == [(4, 1000), (4, 1000), (2, 500), (2, 500)]
+    assert "going on with --sample-batch 2" in capsys.readouterr().out
+    assert losses(tmp_path / "runs" / "o") == pytest.approx(losses(tmp_path / "runs" / "plain"),
+                                                            rel=1e-4)
+
+
+def test_a_privilege_can_be_measured_without_sampling(toy_folder, tmp_path, monkeypatch, capsys):
+    """Generating would need the whole 32B on every GPU; scoring the right answer needs a slice."""
+    monkeypatch.chdir(tmp_path)
+    distill.main(command(toy_folder, "p", "--steps", "1", "--score-privilege", "--privilege",
+                         "answer"))
+    before = json.loads((tmp_path / "runs" / "p" / "before.json").read_text())
+    assert before["teacher"].keys() == {"answer_gain"} and before["teacher"]["answer_gain"] > 1
+    out = capsys.readouterr().out
+    assert "| student" in out and "| teacher" not in out
+    report.main(["runs/p", "--records", "0"])
+    compare.main(["runs/p"])

@@ -243,7 +243,7 @@ def test_rescoring_needs_no_model_and_keeps_the_answers(tmp_path, monkeypatch):
     header, *rows = checkpoint.read_jsonl(path)
     rows[0]["response"] = f"\\boxed{{{rows[0]['gold']}}}"
     checkpoint.write_jsonl(path, [header, *rows])
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(evaluate.qwen, "load", None)
     run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--rescore"))
     again = checkpoint.read_jsonl(path)[1:]
     assert again[0]["correct"] and [r["response"] for r in again] == [r["response"] for r in rows]

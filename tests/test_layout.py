@@ -6,6 +6,7 @@ No file of the hub is read. The shapes are those of the published config.json fi
 """
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cue_recovery
 import model as qwen
+from scale import checkpoint
 from scale import plan
 
 INSTRUCT = [f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "8B", "32B")]
@@ -132,7 +134,7 @@ def sharded(loaded, tmp_path_factory):
     model = in_bf16(narrow(INSTRUCT[1]))
     cue_recovery.attach(model)
     folder = tmp_path_factory.mktemp("layout") / "sharded"
-    qwen.save(model, loaded[1], folder, max_shard_size="300KB")
+    checkpoint.save_model(model, loaded[1], folder, max_shard_size="300KB")
     return folder
 
 
@@ -159,7 +161,7 @@ def test_sharded_bf16_round_trip(loaded, ragged, tmp_path, name):
     cue = cue_recovery.attach(model)
     for block in cue.blocks.values():
         torch.nn.init.normal_(block.output.weight, std=0.1)
-    qwen.save(model, loaded[1], tmp_path / "out", max_shard_size="300KB")
+    checkpoint.save_model(model, loaded[1], tmp_path / "out", max_shard_size="300KB")
     assert on_disk(tmp_path / "out") == (layout(config), {"BF16"})
     again, processor = qwen.load(tmp_path / "out", dtype="bfloat16", device="cpu")
     tied = again.lm_head.weight is again.get_input_embeddings().weight
@@ -233,4 +235,140 @@ def test_a_pickle_is_never_read(sharded, tmp_path):
     remove_all(folder)
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        qwen.load(folder, device="cpu")
+
+
+# ---------------------------------------------------------------------------- other layouts
+
+def tiny_folder(folder, sizes, nested=False):
+    """The tiny checkpoint whose picture settings name sizes so; nested: as transformers 5 saves."""
+    shutil.copytree(qwen.TINY, folder)
+    path = folder / "preprocessor_config.json"
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if k != "size"} | sizes
+    path.write_text(json.dumps(settings))
+    if nested:
+        path.unlink()
+        (folder / "processor_config.json").write_text(json.dumps(
+            {"processor_class": "Qwen3VLProcessor", "image_processor": settings,
+             "video_processor": {"size": {"shortest_edge": 1, "longest_edge": 2}}}))
+    return folder
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("sizes, low, high", [
+    ({"size": {"shortest_edge": 1024, "longest_edge": 65536}}, 1024, 65536),
+    ({"min_pixels": 1024, "max_pixels": 65536}, 1024, 65536),
+    ({"min_pixels": None, "max_pixels": None, "size": {"shortest_edge": 9, "longest_edge": 99}},
+     9, 99),
+    ({"size": {"min_pixels": 1024, "max_pixels": 65536}}, 1024, 65536),
+    ({"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 1024, "max_pixels": 65536},
+     1024, 65536),
+    ({"size": {"height": 256, "width": 128}}, 3136, 256 * 128),
+    ({"size": {"height": 16, "width": 16}}, 256, 256),
+    ({"size": None}, 3136, 1003520), ({}, 3136, 1003520)])
+def test_sizes_in_every_layout_load_and_are_saved(tiny, tmp_path, nested, sizes, low, high):
+    """Folders saved by transformers 5 were "not a Qwen3-VL folder", other sizes a KeyError. What
+    save() writes says the same to us and, where the class can read it at all, to transformers."""
+    processor = qwen.Processor(tiny_folder(tmp_path / "start", sizes, nested))
+    assert (processor.min_pixels, processor.max_pixels) == (low, high)
+    kind = getattr(transformers, "Qwen2VLImageProcessorPil", None)
+    if kind and not {"height", "min_pixels"} & (sizes.get("size") or {}).keys():
+        size = kind.from_pretrained(tmp_path / "start").size
+        assert (size["shortest_edge"], size["longest_edge"]) == (low, high)
+    own = qwen.Processor(processor.folder, max_pixels=high + 5)
+    checkpoint.save_model(tiny[0], own, tmp_path / "out")
+    again = qwen.load(tmp_path / "out", device="cpu")[1]
+    assert (again.min_pixels, again.max_pixels) == (low, high + 5)
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() != nested
+    if kind:
+        size = kind.from_pretrained(tmp_path / "out").size
+        assert (size["shortest_edge"], size["longest_edge"]) == (low, high + 5)
+
+
+def test_an_adapter_alone_is_refused_by_name(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(
+        {"base_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct", "peft_type": "LORA"}))
+    with pytest.raises(ValueError, match="lora holds an adapter only.*merge it into Qwen/Qwen3-VL"):
+        qwen.load(tmp_path / "lora")
+
+
+def quantised(folder, settings, where=None):
+    shutil.copytree(qwen.TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (config[where] if where else config)["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()      # nothing of them is asked for
+    return folder
+
+
+@pytest.mark.parametrize("where", [None, "text_config"])
+@pytest.mark.parametrize("settings, missing, reason", [
+    ({"quant_method": "awq", "bits": 4}, "gptqmodel", "awq.* cannot be read here: .*gptqmodel"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "pip install"),
+    ({"quant_method": "fp8"}, "accelerate", "fp8.* cannot be read here: .*accelerate"),
+    ({"quant_method": "none-of-them"}, "", "none-of-them.* cannot be read here: Unknown")])
+def test_quantised_weights_are_read_or_refused_in_one_line(tmp_path, settings, missing, reason,
+                                                           where):
+    """The library was missed only when all of the weights had been fetched."""
+    if missing and find_spec(missing):
+        pytest.skip(f"{missing} is installed here")
+    folder = quantised(tmp_path / "small", settings, where)
+    with pytest.raises(ValueError, match=f"small: the weights are quantised .*{reason}") as error:
+        qwen.Processor(folder)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- mixture of experts
+
+@pytest.fixture(scope="module")
+def experts(loaded, tmp_path_factory):
+    """Folder of a random mixture of experts, its other shapes those of the tiny checkpoint."""
+    config = json.loads((qwen.TINY / "config.json").read_text())
+    text = {**config["text_config"], "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "model_type": "qwen3_vl_moe_text", "tie_word_embeddings": False}
+    vision = {k: v for k, v in config["vision_config"].items() if k != "model_type"}
+    ids = {k: v for k, v in config.items() if k.endswith("token_id")}
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLMoeForConditionalGeneration._from_config(
+        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids,
+                                      tie_word_embeddings=False), dtype=torch.float32).eval()
+    folder = tmp_path_factory.mktemp("experts") / "moe"
+    checkpoint.save_model(model, loaded[1], folder)
+    return folder
+
+
+def test_a_mixture_of_experts_round_trip(experts, ragged, tmp_path):
+    """model_type "qwen3_vl_moe", as many teachers have it, was refused after the whole download.
+    It loads, takes the module, and comes back from its files bit for bit."""
+    model, processor = qwen.load(experts, device="cpu")
+    assert isinstance(model, transformers.Qwen3VLMoeForConditionalGeneration)
+    with torch.no_grad():
+        base = model(**processor.batch(ragged)).logits
+        blocks = cue_recovery.attach(model, 2).blocks.values()
+        assert torch.equal(model(**processor.batch(ragged)).logits, base)      # W_O = 0
+        for block in blocks:
+            torch.nn.init.normal_(block.output.weight, std=0.1)
+        expected = model(**processor.batch(ragged)).logits
+        assert torch.isfinite(expected).all() and not torch.equal(expected, base)
+        checkpoint.save_model(model, processor, tmp_path / "out")
+        again, _ = qwen.load(tmp_path / "out", device="cpu")
+        assert torch.equal(again(**processor.batch(ragged)).logits, expected)
+    stock = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(stock(**processor.batch(ragged)).logits, base)
+    shapes, _ = qwen.load(tmp_path / "out", device="meta", cue=False)
+    assert {k: v.shape for k, v in shapes.state_dict().items()} == {
+        k: v.shape for k, v in stock.state_dict().items()}
+
+
+def test_a_mixture_of_experts_lacks_no_weight_silently(experts, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(experts, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.language_model.layers.1.mlp.experts.gate_up_proj")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="broken: 1 weights are missing.*layers.1.mlp.experts"):
         qwen.load(folder, device="cpu")

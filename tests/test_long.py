@@ -1,9 +1,10 @@
-"""Long runs: killed before any write, on a full disk, ended by a budget, and the result put to use.
+"""Long runs: killed before each write, on a full disk, ended by a limit; and using the result.
 
 The disk changes only when a file is opened for writing, written by safetensors, renamed or removed.
-So a kill at any moment leaves what a kill just before one of these calls leaves (or half a file
-that has no name yet), and they can be counted: `runner` runs distill.py in forks of one process
-that has imported it (an import costs more than a run); a fork kills itself before its n-th call.
+So every kill has the same effect as a kill just before one of these calls (or leaves half a file
+under a temporary name), and the calls can be counted. `runner` runs distill.py in forks of one
+process that has imported it, since an import costs more than a run. A fork kills itself before its
+n-th call.
 """
 import contextlib
 import json
@@ -31,7 +32,7 @@ def die(path=None) -> None:
 
 
 def die_before(number: int) -> list:
-    """Kill this process before the `number`-th write below runs/, at which half is written."""
+    """Kill this process before its `number`-th write below runs/, with half of it written."""
     import safetensors.torch
     seen, write = [], safetensors.torch.serialize_file
 
@@ -56,7 +57,7 @@ def die_before(number: int) -> list:
 
 
 def limit_files(size: int) -> None:
-    """No file may grow beyond `size` bytes: to a write the same as a full disk."""
+    """No file may grow beyond `size` bytes: for a write this is the same as a full disk."""
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -73,7 +74,7 @@ def child(order: dict) -> int:
         limit_files(order["limit"])
     try:
         if "save" in order:
-            distill.qwen.save(*LOADED[order["save"]], Path("runs") / "saved")
+            distill.checkpoint.save_model(*LOADED[order["save"]], Path("runs") / "saved")
         else:
             distill.main(order["argv"])
         code = 0
@@ -155,7 +156,7 @@ def command(toy_folder, name, *more):
 
 @pytest.fixture(scope="module")
 def whole(runner, toy_folder, tmp_path_factory):
-    """The folder of a run that nobody interrupts."""
+    """The folder of a run without interruption."""
     cwd = tmp_path_factory.mktemp("whole")
     code, said = runner(cwd, command(toy_folder, "whole"))
     assert code == 0, said
@@ -167,7 +168,7 @@ def timeless(row: dict) -> dict:
 
 
 def content(folder: Path) -> dict:
-    """All that a run left, by file name, less times and the run's own name."""
+    """All files of a run, without times and the run's name."""
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         value = path.read_bytes()
@@ -180,7 +181,7 @@ def content(folder: Path) -> dict:
 
 
 def same(a: Path, b: Path) -> None:
-    """All that two runs left is equal, to the byte."""
+    """The files of two runs are equal, to the byte."""
     left, right = content(a), content(b)
     assert sorted(left) == sorted(right)
     assert [name for name in left if left[name] != right[name]] == []
@@ -189,8 +190,8 @@ def same(a: Path, b: Path) -> None:
 # ---------------------------------------------------------------------------- kills
 
 def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy_folder, tmp_path):
-    """PITFALLS 22. Before a random write of every process, resumed until it is done: metrics,
-    sampled answers, result, kept students and state are those of the run that was left alone."""
+    """Killed before a random write, resumed, killed again, until it is done. Metrics, sampled
+    answers, result, kept students and state are those of the run without interruption."""
     rng, kills, folder = random.Random(0), 0, tmp_path / "runs" / "cut"
     code, said = runner(tmp_path, command(toy_folder, "cut"), die=rng.randint(3, 40))
     while code == -signal.SIGKILL:
@@ -203,15 +204,15 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(runner, whole, toy
 
 
 def test_a_folder_saved_over_an_old_one_is_the_old_or_the_new(runner, tmp_path, tiny):
-    """Two renames replace a folder: between them there is none of that name, and a run killed
-    there had no checkpoint that anything would load. Killed before each write, one is found."""
+    """A folder is replaced by two renames. A run that was killed between them once had no
+    checkpoint that could be loaded. Now one is found, whichever write the kill precedes."""
     model, processor = tiny
     cue_recovery.attach(model, every=2)
-    qwen.save(model, processor, tmp_path / "old")
+    checkpoint.save_model(model, processor, tmp_path / "old")
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
         model.cue_recovery.blocks["0"].output.weight.add_(1.0)
-    qwen.save(model, processor, tmp_path / "new")
+    checkpoint.save_model(model, processor, tmp_path / "new")
     wanted = [(tmp_path / n / "model.safetensors").read_bytes()
               + (tmp_path / n / qwen.CUE_FILE).read_bytes() for n in ("old", "new")]
     folder, found, number, code = tmp_path / "runs" / "saved", [], 0, -signal.SIGKILL
@@ -232,7 +233,7 @@ def test_a_folder_saved_over_an_old_one_is_the_old_or_the_new(runner, tmp_path, 
 
 
 def test_a_moved_folder_is_put_back_once(tmp_path):
-    """What resume does with FOLDER.old; a folder that is there is never replaced by an older."""
+    """Resuming restores FOLDER.old, but never over a folder that exists."""
     (tmp_path / "best.old").mkdir()
     (tmp_path / "best.old" / "a").write_text("old")
     checkpoint.put_back(tmp_path / "best")
@@ -258,8 +259,8 @@ def full_disk(size: int):
 
 def test_a_state_that_cannot_be_saved_is_reported_and_the_older_one_goes_on(runner, whole,
                                                                             toy_folder, tmp_path):
-    """A full disk amid the run: a periodic save is reported and the run goes on; the last one ends
-    it, in one line that says how to resume. Nothing is lost: the end is that of the whole run."""
+    """A full disk during the run: a failed periodic save is reported and the run continues. A
+    failed last save ends it with one line that says how to resume. Resumed, it loses nothing."""
     folder = tmp_path / "runs" / "cut"
     code, said = runner(tmp_path, command(toy_folder, "cut"), die=40)
     assert code == -signal.SIGKILL
@@ -284,7 +285,7 @@ def test_a_state_that_cannot_be_saved_is_reported_and_the_older_one_goes_on(runn
 
 
 def test_half_a_line_does_not_stay(tmp_path):
-    """A full disk left half a line of metrics, the next was glued to it, reading ended there."""
+    """A full disk left half a line of metrics; the next was glued to it; reading ended there."""
     path = tmp_path / "metrics.jsonl"
     checkpoint.append_jsonl(path, {"step": 1})
     with full_disk(path.stat().st_size + 5):
@@ -296,21 +297,21 @@ def test_half_a_line_does_not_stay(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_files_and_no_half_ones(tmp_path, tiny):
-    """Of every kind; and what was begun is removed, since a state that is no use fills the disk."""
+    """For every kind of file. Partial files are removed, since they fill the disk for nothing."""
     rows = [{"step": n, "text": "x" * 100} for n in range(9)]
     checkpoint.write_jsonl(tmp_path / "metrics.jsonl", rows)
     checkpoint.save_state(tmp_path / "state", 1, {"a": torch.ones(10)})
-    qwen.save(*tiny, tmp_path / "best", {"step": 1})
+    checkpoint.save_model(*tiny, tmp_path / "best", {"step": 1})
     with full_disk(200):
         with pytest.raises(OSError, match="cannot write .*metrics.jsonl"):
             checkpoint.forget_after(tmp_path / "metrics.jsonl", 5)
         with pytest.raises(OSError, match="cannot write .*state.safetensors"):
             checkpoint.save_state(tmp_path / "state", 2, {"a": torch.ones(1000)})
         with pytest.raises(OSError, match="cannot write .*best"):
-            qwen.save(*tiny, tmp_path / "best", {"step": 2})
-    with full_disk(1_000_000):            # here the text files fit and the weights do not
+            checkpoint.save_model(*tiny, tmp_path / "best", {"step": 2})
+    with full_disk(1_000_000):            # text files fit, weights do not
         with pytest.raises(OSError, match="cannot write .*best"):
-            qwen.save(*tiny, tmp_path / "best", {"step": 2})
+            checkpoint.save_model(*tiny, tmp_path / "best", {"step": 2})
     assert checkpoint.read_jsonl(tmp_path / "metrics.jsonl") == rows
     assert checkpoint.load_state(tmp_path / "state")[0] == 1
     assert json.loads((tmp_path / "best" / "evaluation.json").read_text()) == {"step": 1}
@@ -321,7 +322,7 @@ def test_a_full_disk_leaves_the_old_files_and_no_half_ones(tmp_path, tiny):
 
 @pytest.mark.parametrize("where", ["/sys/kernel", "a file"])
 def test_a_folder_that_cannot_be_written_gets_one_line(runner, toy_folder, tmp_path, where):
-    """/sys refuses even the superuser, whom a read-only mark does not stop."""
+    """/sys refuses even the superuser, who may write to read-only folders elsewhere."""
     if where == "a file":
         (tmp_path / "runs").write_text("")
     elif Path(where).is_dir():
@@ -339,8 +340,8 @@ class NoOptimizer:
 
 
 def test_resume_refuses_a_run_whose_other_files_are_gone(tmp_path):
-    """Budgets and result count the lines of metrics.jsonl; a trained student has no base to
-    measure; a finished run whose state was removed must not begin again over its results."""
+    """Limits and result.json count the lines of metrics.jsonl. The base of a trained student can
+    no longer be measured. A finished run without its state must not start over its results."""
     settings = distill.Config()
     assert longrun.resume(tmp_path, NoOptimizer(), None, settings) == 0
     checkpoint.save_state(tmp_path / "state", 2, {"a": torch.ones(1)})
@@ -369,7 +370,7 @@ def fake_save(folder, seen):
 
 
 def test_the_newest_and_the_best_students_are_kept(tmp_path):
-    """Ties keep the earlier; numbers are compared, not names; one evaluation twice is one."""
+    """A tie keeps the earlier; steps are compared as numbers; a repeated evaluation counts once."""
     steps = [(50, 0.5), (100, 0.8), (100, 0.8), (150, 0.8), (999_950, 0.2), (1_000_000, 0.7)]
     for step, accuracy in steps:
         checkpoint.keep_student(tmp_path, 2, {"step": step, "accuracy": accuracy}, fake_save)
@@ -383,7 +384,7 @@ def test_the_newest_and_the_best_students_are_kept(tmp_path):
 
 
 def test_half_a_removed_student_does_not_bear_its_name(tmp_path, monkeypatch):
-    """A removal that is killed leaves a folder with a config and no weights, or the reverse."""
+    """A kill while removing left a folder with a config and no weights, or the reverse."""
     def killed(*args, **options):
         raise KeyboardInterrupt
     for step in (1, 2):
@@ -398,8 +399,8 @@ def test_half_a_removed_student_does_not_bear_its_name(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_what_it_says(whole):
-    """step-000004 is the last evaluation amid the run, the end is checkpoint/, result has best. The
-    last step is evaluated once, at the end, though --eval-every divides it."""
+    """step-000004 is the last evaluation during the run, checkpoint/ is the end, result.json names
+    the best. The last step is evaluated once, even if --eval-every divides it."""
     assert [p.name for p in (whole / "checkpoints").iterdir()] == ["step-000004"]
     assert {r["step"] for r in checkpoint.read_jsonl(whole / "rollouts.jsonl")} == {2, 4}
     accuracy = {m["step"]: m["accuracy"] for m in checkpoint.read_jsonl(whole / "metrics.jsonl")
@@ -418,8 +419,8 @@ def test_a_run_keeps_what_it_says(whole):
 # ---------------------------------------------------------------------------- budgets
 
 def test_a_token_budget_ends_a_run_and_raising_it_goes_on(runner, whole, toy_folder, tmp_path):
-    """The step that reaches the budget is the last: evaluated, saved, counted over a kill too. The
-    learning rate follows --steps all the while: with a higher budget it is the whole run again."""
+    """The step that reaches the limit is the last: it is evaluated, saved, and counted over a kill.
+    The learning rate follows --steps, so with a higher limit the run equals the uncut one."""
     folder, tokens = tmp_path / "runs" / "cut", [
         m["tokens"] for m in checkpoint.read_jsonl(whole / "metrics.jsonl")]
     budget = str(sum(tokens[:2]) + 1)                       # reached by step 3
@@ -473,7 +474,7 @@ def student(tmp_path_factory, loaded):
     generator = torch.Generator().manual_seed(0)
     for block in cue_recovery.attach(model, every=2).blocks.values():
         torch.nn.init.normal_(block.output.weight, std=2.0, generator=generator)
-    qwen.save(model, processor, folder)
+    checkpoint.save_model(model, processor, folder)
     return folder
 
 
@@ -540,9 +541,10 @@ def test_flags_of_a_question_belong_together(argv, capsys):
     assert "--ask" in capsys.readouterr().err
 
 
-def test_the_readme_example_runs_without_this_repository(student, picture, tmp_path, capsys):
-    """As printed, but for the paths: beside cue_recovery.py alone, it says what we say."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_the_pages_example_runs_without_this_repository(student, picture, tmp_path, capsys):
+    """As printed, except for the paths, beside cue_recovery.py alone: it gives our answer."""
+    page = (ROOT / "docs" / "using_a_checkpoint.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     code = next(block for block in blocks if "cue_recovery.load" in block)
     assert len(code.splitlines()) <= 20
     question = re.search(r'"([^"]*\?)"', code)[1]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import cue_recovery
 import model as qwen
 import rollout
+from scale import checkpoint
 from scale.lora import TARGETS, attach
 
 
@@ -179,11 +180,11 @@ def test_bad_attachments_are_refused(tiny):
 # ---------------------------------------------------------------------------- files
 
 def test_a_merged_checkpoint_loads_everywhere(tiny, batch, tmp_path):
-    """model.save with merged weights: a plain folder, without a trace of the adapters. The second
+    """What is saved is merged: a plain folder, without a trace of the adapters. The second
     dict stands for whole weights that came from several GPUs."""
     model, processor = tiny
     lora = awaken(attach(model))
-    qwen.save(model, processor, tmp_path / "out", weights=lora.merge())
+    checkpoint.save_model(model, processor, tmp_path / "out")
     again, _ = qwen.load(tmp_path / "out", device="cpu")
     assert not any("lora" in name for name in again.state_dict())
     expected = logits_of(model, batch)

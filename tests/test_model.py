@@ -9,6 +9,7 @@ import doctest
 import functools
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import cue_recovery
 import model as qwen
+from scale import checkpoint, checks
 
 REAL = qwen.TINY.parents[2] / "shared" / "qwen3-tokenizer"
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -131,6 +133,95 @@ def test_text_prompt_is_the_template_that_ships_with_qwen3(real):
     for text in TEXTS:
         record = {"images": [], "question": text}
         assert real.prompt(record).ids == reference_ids(real, record, template=template)
+
+
+IF, END = "{%- if add_generation_prompt %}\n    ", "\n{%- endif %}"
+ENDINGS = {     # how a template may end -> what it puts behind the assistant's header
+    IF + "{{- '<|im_start|>assistant\\n' }}" + END: "",                           # Instruct
+    IF + "{{- '<|im_start|>assistant\\n<think>\\n' }}" + END + "\n": "<think>\n",  # Thinking
+    IF + "{{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and "
+         "enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n"
+         "    {%- endif %}" + END: "",                                            # Qwen3
+    IF + "{{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and "
+         "enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n"
+         "    {%- else %}\n        {{- '<think>\\n' }}\n    {%- endif %}" + END: "<think>\n",
+    "{% if add_generation_prompt %}{{ \"<|im_start|>assistant\n\" }}{% endif %}": "",
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}\n{% endif %}": "\n",
+    "{% if add_generation_prompt %}\n<|im_start|>assistant\n<think>\n  {% endif %}": "<think>\n"}
+
+
+def with_ending(ending):
+    return (qwen.TINY / "chat_template.jinja").read_text().partition(
+        "{% if add_generation_prompt")[0] + ending
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_prompt_ends_as_the_checkpoints_template_does(processor, tmp_path, ending):
+    """Thinking checkpoints put <think> behind the assistant's header. Prompts without it silently
+    were not the model's own. Held against Jinja; the mark is one token where the model has one."""
+    folder, template = tmp_path / "own", with_ending(ending)
+    shutil.copytree(processor.folder, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    own = qwen.Processor(folder)
+    assert own.answer_prefix == ENDINGS[ending]
+    for record, hint in (({"images": [], "question": "Why?"}, None),
+                         ({"images": [noise(60, 90)], "question": "Why?"}, "look")):
+        ids = own.prompt(record, hint).ids
+        assert ids == reference_ids(processor, record, hint, template) and len(ids) == own.length(
+            record, hint)
+    think = own.control.get("<think>")
+    assert (think in ids) == (think is not None and ENDINGS[ending] == "<think>\n")
+
+
+@pytest.mark.parametrize("template, reason", [
+    (with_ending("{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"), "does not end"),
+    (with_ending("{% if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"),
+     "does not end"),                                   # the dash eats the line's end
+    (with_ending(IF + "{{- '<|im_start|>assistant\\n' + start }}" + END), "does not end"),
+    (with_ending(""), "does not end"),
+    ("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}<|im_end|>", "vision_start"),
+    ("[INST] {{ messages[0].content }} [/INST]", "im_start")])
+def test_an_unknown_template_is_refused(tmp_path, template, reason):
+    folder = copy_folder(tmp_path / "own")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"own/chat_template.jinja: this chat template .*{reason}"):
+        qwen.Processor(folder)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("chat_template.jinja", str), ("chat_template.json", lambda text: {"chat_template": text}),
+    ("tokenizer_config.json", lambda text: {"chat_template": text}),
+    ("tokenizer_config.json", lambda text: {"chat_template": [
+        {"name": "tools", "template": "?"}, {"name": "default", "template": text}]})])
+def test_a_template_is_found_wherever_it_stands_and_saved(tiny, tmp_path, name, value):
+    folder, template = copy_folder(tmp_path / "start"), with_ending(list(ENDINGS)[1])
+    (folder / "chat_template.jinja").unlink()
+    there = value(template)
+    (folder / name).write_text(there if isinstance(there, str) else json.dumps(there))
+    processor = qwen.Processor(folder)
+    checkpoint.save_model(tiny[0], processor, tmp_path / "out")
+    assert qwen.Processor(tmp_path / "out").answer_prefix == processor.answer_prefix == "<think>\n"
+
+
+@pytest.mark.parametrize("hint", [None, "a red circle"])
+def test_an_instruction_stands_between_question_and_hint(processor, hint):
+    """How to answer is asked of student and teacher alike; records without it stay as they were."""
+    record = {"images": [noise(64, 64)], "question": "How many?"}
+    asked = processor.prompt({**record, "instruction": "Box the answer."}, hint)
+    assert asked.ids == reference_ids(
+        processor, {**record, "question": "How many?\nBox the answer."}, hint)
+    assert processor.prompt({**record, "instruction": ""}, hint).ids == processor.prompt(
+        record, hint).ids != asked.ids
+    assert processor.prompt({**record, "instruction": "Box the answer."}, hint, asked).ids == (
+        asked.ids)
+
+
+def test_decode_copies_a_tensor_once(loaded, monkeypatch):
+    """int() of each element of a tensor on a GPU waits for the GPU: 524,288 times a step."""
+    ids = torch.tensor(loaded[1].encode("four blue shapes"))
+    monkeypatch.setattr(torch.Tensor, "__int__", None)
+    monkeypatch.setattr(torch.Tensor, "__iter__", None)
+    assert loaded[1].decode(ids) == loaded[1].decode(ids.tolist()) == "four blue shapes"
 
 
 def test_tiny_folder_is_a_tokenizer_of_transformers():
@@ -290,6 +381,17 @@ def test_transparency_shows_white(loaded):
     palette.info["transparency"] = 0
     for image in (clear, palette, clear.convert("LA"), clear.convert("RGBa")):
         assert (loaded[1].prompt({"images": [image], "question": ""}).pixels == 1).all()
+
+
+def test_a_transparent_grey_of_sixteen_bits_shows_white(tmp_path):
+    """A 16-bit grey PNG may name one grey as transparent; it became the black it is stored as."""
+    values = np.full((24, 40), 1000, np.uint16)
+    values[:, 20:] = 40000
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=1000)
+    image = Image.open(tmp_path / "deep.png")
+    assert image.mode == "I;16" and image.info["transparency"] == 1000
+    got = np.asarray(qwen.to_rgb(image))
+    assert (got[:, :20] == 255).all() and (abs(got[:, 20:] - 40000 / 257) <= 1).all()
 
 
 def png_bytes(image, cut=None):
@@ -464,7 +566,7 @@ def test_pitfall_23_save_then_load_gives_equal_logits(loaded, ragged, tmp_path, 
         for block in cue_recovery.attach(model, 2).blocks.values():
             torch.nn.init.normal_(block.output.weight, std=0.1)
     expected = logits_of(model, processor, ragged)
-    qwen.save(model, processor, tmp_path / "deep" / "out")
+    checkpoint.save_model(model, processor, tmp_path / "deep" / "out")
     again, other = qwen.load(tmp_path / "deep" / "out", device="cpu")
     assert torch.equal(logits_of(again, other, ragged), expected)
     assert torch.equal(expected, base) != cue and hasattr(again, "cue_recovery") == cue
@@ -485,7 +587,7 @@ def test_saved_folder_has_the_processor(tiny, tmp_path, monkeypatch):
     processor = qwen.Processor("start")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    qwen.save(tiny[0], processor, "out")
+    checkpoint.save_model(tiny[0], processor, "out")
     assert vars(qwen.Processor("out")).keys() == vars(processor).keys()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert Path("out", name).read_bytes() == (qwen.TINY / name).read_bytes()
@@ -505,19 +607,19 @@ def test_a_crash_while_saving_leaves_the_old_folder(tiny, tmp_path, monkeypatch,
     and the next save works."""
     model, processor = tiny
     folder = tmp_path / "out"
-    qwen.save(model, processor, folder)
+    checkpoint.save_model(model, processor, folder)
     before = contents(folder)
     cue_recovery.attach(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     with monkeypatch.context() as patch:
         patch.setattr(*{"save_pretrained": (model, "save_pretrained"),
-                        "copyfile": (shutil, "copyfile"), "rename": (qwen.os, "replace"),
+                        "copyfile": (shutil, "copyfile"), "rename": (checkpoint.os, "replace"),
                         "cue": (cue_recovery.CueRecovery, "save")}[where], fail)
         with pytest.raises(OSError, match="No space"):
-            qwen.save(model, processor, folder)
+            checkpoint.save_model(model, processor, folder)
     assert contents(folder) == before
-    qwen.save(model, processor, folder)
+    checkpoint.save_model(model, processor, folder)
     assert contents(folder).keys() == before.keys() | {qwen.CUE_FILE}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -526,16 +628,16 @@ def test_the_last_whole_folder_is_never_deleted(tiny, tmp_path, monkeypatch):
     """A kill between the two renames leaves only FOLDER.old and FOLDER.tmp. The next save began by
     deleting both: had it been killed too, nothing at all would have been left."""
     model, processor = tiny
-    qwen.save(model, processor, tmp_path / "out")
+    checkpoint.save_model(model, processor, tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "out.old")
     with monkeypatch.context() as patch:
         patch.setattr(model, "save_pretrained", fail)
         with pytest.raises(OSError, match="No space"):
-            qwen.save(model, processor, tmp_path / "out")
+            checkpoint.save_model(model, processor, tmp_path / "out")
     assert contents(tmp_path / "out.old") == before
     for _ in range(2):                                # FOLDER.old alone, then beside FOLDER
-        qwen.save(model, processor, tmp_path / "out")
+        checkpoint.save_model(model, processor, tmp_path / "out")
         assert contents(tmp_path / "out") == before and not (tmp_path / "out.old").exists()
         shutil.copytree(tmp_path / "out", tmp_path / "out.old")
 
@@ -599,7 +701,7 @@ def test_a_missing_cue_recovery_file_is_explained(tiny, tmp_path, monkeypatch):
     """model.py may be copied alone; a checkpoint with the module then says what it needs."""
     model, processor = tiny
     cue_recovery.attach(model)
-    qwen.save(model, processor, tmp_path / "out")
+    checkpoint.save_model(model, processor, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "cue_recovery", None)
     with pytest.raises(ImportError, match="put cue_recovery.py beside model.py, or .*cue=False"):
         qwen.load(tmp_path / "out", device="cpu")
@@ -611,6 +713,64 @@ def test_dtype_and_mode(dtype):
     model, _ = qwen.load(qwen.TINY, dtype=dtype, device="cpu")
     expected = {None: torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float64)
     assert {p.dtype for p in model.parameters()} == {expected} and not model.training
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"device": "gpu"}, "'gpu' is none of cpu, cuda"), ({"device": "cuda:99"}, "no such device"),
+    ({"dtype": "bf16"}, "'bf16' is none of float32, bfloat16"),
+    ({"dtype": torch.int8}, "none of float32"), ({"attention": "flash"}, "'flash' is none of sdpa"),
+    ({"attention": "flash_attention_2", "device": "cpu"}, "flash_attention_2 "
+     "(needs a CUDA GPU and the package flash_attn|computes in bfloat16)")])
+def test_a_wrong_name_is_one_line_before_anything_is_read(bad, message):
+    """They ended in tracebacks of torch and transformers, some after the download."""
+    with pytest.raises(ValueError, match=message) as error:
+        checks.check_placement(**bad)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"device": "cpu"}, ("cpu", torch.float32)), ({"device": "meta"}, ("meta", torch.bfloat16)),
+    ({"device": "cpu", "dtype": torch.bfloat16}, ("cpu", torch.bfloat16)),
+    ({"device": "cuda:1"}, ("cuda:1", torch.bfloat16)), ({}, ("cuda", torch.bfloat16)),
+    ({"device": "mps"}, ("mps", torch.float32)), ({"device": "cuda:2"}, "finds no such device"),
+    ({"device": "mps", "dtype": "float64"}, "no such numbers"),
+    ({"attention": "flash_attention_2"}, ("cuda", torch.bfloat16)),
+    ({"attention": "flash_attention_2", "dtype": "float32"}, "not in float32"),
+    ({"attention": "flash_attention_3"}, "the package flash_attn_interface")])
+def test_what_device_and_dtype_mean(monkeypatch, given, expected):
+    """On a machine made up for the test: two CUDA GPUs, an old Apple GPU, one flash package."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: False)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == "flash_attn" or None)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            checks.check_placement(**given)
+    else:
+        device, dtype = checks.check_placement(**given)
+        assert (str(device), dtype) == expected
+
+
+def test_quiet_leaves_the_bars_of_downloads():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    logging = transformers.utils.logging
+    try:
+        qwen.quiet()
+        assert not logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    finally:
+        logging.enable_progress_bar()
+
+
+def test_saved_files_can_be_read_by_others(tiny, tmp_path):
+    """safetensors gives its files to their owner alone, whatever the umask says."""
+    before = os.umask(0o022)
+    try:
+        cue_recovery.attach(tiny[0])
+        checkpoint.save_model(*tiny, tmp_path / "out", notes={"step": 1})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
 
 
 # ---------------------------------------------------------------------------- video
@@ -692,7 +852,7 @@ def test_a_hinted_prompt_can_take_the_pictures_of_the_plain_one(loaded, records,
         plain, whole = processor.prompt(record), processor.prompt(record, "look")
         with monkeypatch.context() as patch:
             patch.setattr(qwen, "patchify", None)
-            taken = processor.prompt(record, "look", seen=plain)
+            taken = processor.prompt(record, "look", pictures_from=plain)
         assert (taken.ids, taken.grids, taken.video_grids) == (
             whole.ids, whole.grids, whole.video_grids)
         assert taken.pixels is plain.pixels and taken.video is plain.video
@@ -702,6 +862,6 @@ def test_save_keeps_the_pixel_budget_of_the_run(tiny, tmp_path):
     """Trained on small pictures and evaluated on large ones: the flag must not be needed twice."""
     model, processor = tiny
     own = qwen.Processor(processor.folder, min_pixels=2048, max_pixels=8192)
-    qwen.save(model, own, tmp_path / "out")
+    checkpoint.save_model(model, own, tmp_path / "out")
     again = qwen.Processor(tmp_path / "out")
     assert (again.min_pixels, again.max_pixels) == (2048, 8192)

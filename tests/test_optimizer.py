@@ -1,4 +1,4 @@
-"""optimizer.py: rates, clipping, masters, and a continuation that is the same to the last bit."""
+"""optimizer.py: rates, clipping, masters, and resuming bit for bit."""
 import math
 
 import pytest
@@ -44,7 +44,7 @@ def test_without_warmup_and_decay_the_rate_is_constant():
 
 def test_the_module_has_its_own_rate():
     """AdamW's first step is one rate long, whatever the gradient: 1e-6 from W_O = 0 goes nowhere.
-    A weight is of the module if its name begins so, not if it contains the word."""
+    A weight belongs to the module if its name begins with the word, not if it contains it."""
     names = ("model.w", "cue_recovery.blocks.0.output.weight", "model.cue_recovery.w")
     parameters, optimizer = make(names=names, warmup=0, final=1.0)
     give(parameters, 0.1)
@@ -82,9 +82,8 @@ def test_a_weight_without_gradient_stays():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
-    """PITFALLS 29. Non-finite losses were skipped without a word. Here the caller gets the norm to
-    count them, and no weight, master or moment has moved; the next good step is as if it was the
-    first."""
+    """Non-finite losses were skipped silently. Here the caller gets the norm, to count them, and no
+    weight, master or moment has moved: the next good step is the same as a first step."""
     parameters, optimizer = make(dtype=dtype)
     give(parameters, 0.5)
     parameters["model.w"].grad[1] = bad
@@ -116,15 +115,15 @@ def test_bf16_weights_move_at_a_rate_of_1e_6():
         optimizer.step(step)
     assert torch.equal(plain, start), "the story"
     moved = (start - parameters["model.w"]).float()
-    assert moved.tolist() == pytest.approx([2e-4] * 3, abs=6.2e-5)           # to half a neighbour
+    assert moved.tolist() == pytest.approx([2e-4] * 3, abs=6.2e-5)  # to half a bf16 step
     assert parameters["model.w"].dtype == torch.bfloat16
     assert optimizer.tensors()["weight/model.w"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masters_may_live_elsewhere(dtype):
-    """--offload-optimizer: even a float32 weight then has a master of its own. "meta" is a memory
-    that holds nothing, so this sees the place and not the values."""
+    """--offload-optimizer: then even a float32 weight has a master of its own. The device "meta"
+    holds no values, so this checks the place only."""
     weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     master = Optimizer._master(weight, torch.device("meta"))
     assert (master.device.type, master.dtype) == ("meta", torch.float32)
@@ -133,7 +132,7 @@ def test_masters_may_live_elsewhere(dtype):
 
 
 def test_a_float32_weight_with_a_master_elsewhere_steps_alike(monkeypatch):
-    """The same numbers as without; a clone stands for the master in another memory."""
+    """The same numbers as without; a clone stands in for a master on another device."""
     names = ("model.w", "cue_recovery.w", "silent")
     near, reference = make(0.02, names=names)
     monkeypatch.setattr(Optimizer, "_master", staticmethod(lambda p, device: p.detach().clone()))
@@ -155,8 +154,8 @@ def random_steps(parameters, optimizer, steps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_continues_bit_for_bit(dtype):
-    """PITFALLS 22. Ten steps at once, and five with five after a reload, are the same to the last
-    bit, the masters' hidden digits included; one weight never had a gradient."""
+    """Ten steps at once equal five, a reload and five more, to the last bit, including the digits
+    that only the masters hold. One weight never has a gradient."""
     names = ("model.w", "cue_recovery.w", "silent")
     whole, reference = make(0.02, dtype, names)
     random_steps(whole, reference, range(10))

@@ -3,9 +3,10 @@ import base64
 import json
 import os
 import re
+import time
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data import records, toy
 
@@ -110,14 +111,28 @@ def test_a_picture_that_is_no_file_is_refused(folder, name, message):
 
 
 def test_a_picture_outside_the_folder_is_refused(folder):
-    """Upwards, absolute, through a link, or in a neighbour whose name begins alike."""
-    (folder / "link.png").symlink_to(folder.parent / "secret.png")
-    (folder / "linked").symlink_to(folder.parent)
+    """Upwards, absolute, or in a neighbour whose name begins alike."""
     (folder.parent / "set2").mkdir()
     (folder.parent / "set2" / "1.png").write_bytes(b"x")
     for name in ("../secret.png", "images/../../secret.png", str(folder.parent / "secret.png"),
-                 "link.png", "linked/secret.png", "../set2/1.png", "/etc/hostname"):
+                 "images/../../set/../secret.png", "../set2/1.png", "/etc/hostname"):
         refused(write(folder, {**GOOD, "images": [name]}), f"{re.escape(repr(name))} lies outside")
+
+
+def test_links_of_the_owner_are_followed(folder):
+    """A snapshot of the hub is nothing but links into its cache; all of them "lay outside"."""
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    (folder / "linked").symlink_to(folder.parent)
+    (folder.parent / "snapshot").symlink_to(folder)
+    (folder / "lost.png").symlink_to(folder / "nothing.png")
+    names = ["link.png", "linked/secret.png"]
+    write(folder, {**GOOD, "images": names})
+    for place in (folder, folder.parent / "snapshot"):      # the folder itself may be a link
+        loaded = records.load(place / "train.jsonl")[1]["images"]
+        assert loaded == [str(place / name) for name in names]
+        records.check_pictures([{**GOOD, "images": loaded}])
+    refused(write(folder, {**GOOD, "images": ["linked/../../secret.png"]}), "lies outside")
+    refused(write(folder, {**GOOD, "images": ["lost.png"]}), "does not exist .a link to nowhere.")
 
 
 def test_links_that_stay_inside_are_fine(folder):
@@ -127,6 +142,168 @@ def test_links_that_stay_inside_are_fine(folder):
     assert len(records.load(write(folder, {**GOOD, "images": inside}))) == 2
     (folder / "circle.png").symlink_to(folder / "circle.png")
     refused(write(folder, {**GOOD, "images": ["circle.png"]}), "picture 'circle.png'")
+
+
+VIDEO = {**GOOD, "images": [], "video": ["images/1.png"] * 2}
+
+
+@pytest.mark.parametrize("record, message", [
+    ({**VIDEO}, '"fps" or "seconds"'), ({**VIDEO, "video": [], "fps": 1}, "needs frames"),
+    ({**VIDEO, "seconds": [0]}, "2 frames in 'video' but 1 times"),
+    ({**VIDEO, "seconds": [0, "1"]}, "'seconds' is a str"),
+    ({**VIDEO, "seconds": [0, True]}, "'seconds' is a bool"),
+    ({**VIDEO, "fps": 0}, "'fps' is 0, must be above 0"), ({**VIDEO, "fps": True}, "is a bool"),
+    ({**GOOD, "options": ["a", 2]}, "'options' is a int"),
+    ({**GOOD, "options": {"A": None}}, "'options' is a NoneType"),
+    ({**GOOD, "precision": 1.5}, "'precision' is a float"),
+    ({**GOOD, "precision": -1}, "'precision' is -1"), ({**GOOD, "tolerance": -.1}, "negative"),
+    ({**GOOD, "answer_kind": "letter"}, "'answer_kind' is 'letter', none of auto, choice"),
+    ({**GOOD, "instruction": 1}, "'instruction' is a int"),
+    ({**GOOD, "teacher_images": "images/1.png"}, "'teacher_images' is a str"),
+    ({**GOOD, "teacher_images": ["../secret.png"]}, "lies outside")])
+def test_fields_that_would_fail_late_are_refused(folder, record, message):
+    """Wrong times ended the first evaluation with a traceback, a wrong kind the first grading."""
+    refused(write(folder, record), message)
+
+
+@pytest.mark.parametrize("value, word", [("NaN", "NaN"), ("-Infinity", "-Infinity"),
+                                         ("1e999", "1e999"), ("9" * 400, "99999")])
+def test_numbers_that_json_does_not_have_are_refused(folder, value, word):
+    """Python reads NaN and turns 1e999 into infinity; times and rates then were NaN."""
+    for line in ('"fps": %s', '"extra": {"deep": [1, %s]}'):
+        refused(write(folder, json.dumps(GOOD)[:-1] + ", " + line % value + "}"),
+                f"not valid JSON: {re.escape(word)}.* is not a number")
+
+
+def test_half_a_character_is_refused_in_any_field(folder):
+    """A lone surrogate passed every check, and the run ended when its answers were written."""
+    for line in (json.dumps({**GOOD, "question": "a \ud83d b"}),
+                 json.dumps({**GOOD, "x": ["\udc00"]}), json.dumps({**GOOD, "\ud83d": 1}),
+                 json.dumps(GOOD).encode().replace(b"How", b"\xed\xa0\xbd")):
+        refused(write(folder, line), "half a character|utf-8")
+    assert records.load(write(folder, json.dumps({**GOOD, "question": "\U0001f600"})))
+
+
+@pytest.mark.parametrize("latex, said", [
+    (r"\frac{1}{2}", "frac"), (r"\theta", "theta"), (r"3 \times 4", "times"), (r"\beta", "beta"),
+    (r"\boxed{1}", "boxed"), (r"\rho", "rho"), (r"\right)", "right"), (r"\text{cm}", "text"),
+    (r"\triangle ABC", "triangle"), (r"\forall x", "forall"), (r"a \neq b", "neq")])
+def test_latex_with_one_backslash_is_refused(folder, latex, said):
+    r"""JSON reads \frac as a form feed and "rac": 1/2 was "rac{1}{2}", and graded wrong."""
+    line = json.dumps(GOOD).replace('"2"', f'"{latex}"')
+    refused(write(folder, line), rf"'answer' holds .*JSON makes of \\{said}.*write \\\\{said}")
+    assert records.load(write(folder, line.replace("\\", "\\\\")))[1]["answer"] == latex
+    refused(write(folder, {**GOOD, "options": ["x", json.loads(f'"{latex}"')]}), "'options' holds")
+
+
+def test_other_latex_with_one_backslash_says_how_to_write_it(folder):
+    r"""\sqrt is no escape of JSON at all."""
+    line = json.dumps(GOOD).replace('"2"', r'"\sqrt{2}"')
+    refused(write(folder, line), "two backslashes in JSON")
+
+
+def test_long_names_do_not_fill_the_screen(folder):
+    """Found by changing bytes at random: a name or an id of 4,000 characters was printed."""
+    refused(write(folder, {**GOOD, "x" * 4000: "\ud800"}), "half a character")
+    refused(write(folder, {**GOOD, "id": "x" * 4000}, {**GOOD, "id": "x" * 4000}), "already", line=3)
+    refused(write(folder, b'{"a":' * 5000), "not valid JSON")
+
+
+def test_the_kinds_of_answers_are_those_of_the_grader():
+    from benchmarks.grade import KINDS
+    assert set(records.ANSWER_KINDS) == set(KINDS)
+
+
+def test_tabs_and_lines_of_ordinary_text_are_fine(folder):
+    """Tables have tabs, questions have lines, some of them with the ends of Windows."""
+    text = "Name\tage\nan ox\tan apple\r\nright?\ntimes:\tone\two\tauto\nequal\nnot\tangle"
+    assert records.load(write(folder, {**GOOD, "question": text}))[1]["question"] == text
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_a_literal_picture_mark_is_refused(folder, mark):
+    """Data for other trainers marks the place of its pictures; the model read it as text."""
+    refused(write(folder, {**GOOD, "question": f"{mark}\nHow many?"}), f"literal {mark}")
+    assert records.load(write(folder, {**GOOD, "question": "<image 1> or <img>?"}))
+
+
+def test_new_fields_load(folder):
+    record = {**GOOD, "instruction": "Box it.", "teacher_images": ["images/1.png"], "precision": 2,
+              "answer_kind": "number", "tolerance": 0.01, "options": {"A": "x"}}
+    got = records.load(write(folder, record))[1]
+    assert got["teacher_images"] == [str(folder / "images" / "1.png")]
+    refused(write(folder), "needs 'teacher_images'", needs=("teacher_images",), line=1)
+
+
+# ---------------------------------------------------------------------------- the pictures
+
+def broken_world(folder, count=7):
+    """`count` records with a JPEG, a PNG and a frame each that are cut short, and good ones."""
+    rows = []
+    for n in range(count):
+        for kind in ("jpg", "png"):
+            path = folder / "images" / f"cut{n}.{kind}"
+            Image.effect_noise((64, 48), 50).save(path)
+            path.write_bytes(path.read_bytes()[:-300])
+        rows.append({**GOOD, "id": f"r{n}", "images": ["images/1.png", f"images/cut{n}.jpg"],
+                     "teacher_images": [f"images/cut{n}.png"]})
+    return records.load(write(folder, *rows))
+
+
+def test_a_picture_that_opens_but_does_not_decode_is_named_with_its_line(folder):
+    """Headers were fine: the run ended at step 6, and so did every resume after it."""
+    loaded = broken_world(folder)
+    records.check_pictures(loaded, how="headers")
+    with pytest.raises(ValueError) as error:
+        records.check_pictures(loaded, workers=3)
+    lines = str(error.value).split("\n")
+    assert lines[0].startswith("14 of 15 pictures cannot be read") and lines[-1] == "  and 9 more"
+    assert len(lines) == 7
+    path = folder / "images" / "cut0.jpg"
+    assert lines[1].startswith(f"  {folder / 'train.jsonl'}:2: record 'r0': {path}: ")
+    assert "truncated" in lines[1]
+
+
+def test_a_picture_of_no_known_format_fails_at_its_header(folder):
+    (folder / "images" / "page.png").write_text("<html>404</html>")
+    loaded = records.load(write(folder, {**GOOD, "images": ["images/page.png"]}))
+    for how in ("decode", "headers"):
+        with pytest.raises(ValueError, match="jsonl:2: record 'a': .*page.png: cannot identify"):
+            records.check_pictures(loaded, how)
+    with pytest.raises(ValueError, match="must be decode or headers"):
+        records.check_pictures(loaded, "none")
+
+
+def test_the_line_of_a_record_does_not_leak_into_what_is_written(folder):
+    """It is known by the id alone, which stays a plain text to JSON and to comparisons."""
+    first = records.load(write(folder))[0]
+    assert first["id"].where == f"{folder / 'train.jsonl'}:1" and first["id"] == "first"
+    assert json.dumps(first) == json.dumps({**GOOD, "id": "first", "images": first["images"]})
+
+
+def test_huge_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
+    """Eight pictures of 108 megapixels at once would be 2.6 GB of pixels."""
+    monkeypatch.setattr(records, "BIG", 10)
+    running, most, load = [], [], Image.Image.load
+
+    def slow(image):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(.01)
+        running.pop()
+        return load(image)
+
+    names = [f"images/{n}.png" for n in range(2, 8)]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(folder / name)
+    loaded = records.load(write(folder, {**GOOD, "images": names}))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", slow)
+    records.check_pictures(loaded, workers=4)
+    assert max(most) == 1 and len(most) == 7
+    most.clear()
+    monkeypatch.setattr(records, "BIG", 1000)
+    records.check_pictures(loaded, workers=4)
+    assert max(most) > 1, "small ones are decoded beside each other"
 
 
 def test_an_id_that_stands_twice_is_refused(folder):

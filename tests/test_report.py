@@ -1,4 +1,4 @@
-"""report.py: the page says what the models said, where the sink looked, and what is missing."""
+"""report.py: the page shows the models' answers, where the sink looked, and what is missing."""
 import copy
 import doctest
 import json
@@ -27,7 +27,7 @@ EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
 
 @pytest.fixture(scope="module")
 def finished(loaded, tmp_path_factory):
-    """The folder of a finished run, its checkpoint a disturbed tiny model with the module."""
+    """The folder of a finished run; its checkpoint is a perturbed tiny model with the module."""
     from data import toy
     root = tmp_path_factory.mktemp("run")
     toy.write(root / "toy", train=20, test=4, seed=3)
@@ -45,7 +45,7 @@ def finished(loaded, tmp_path_factory):
             block.output.weight.normal_(std=0.05, generator=generator)
         for weight in model.model.language_model.layers[-1].mlp.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    qwen.save(model, processor, folder / "checkpoint")
+    checkpoint.save_model(model, processor, folder / "checkpoint")
     rows = [evaluate.judge({"id": str(n), "question": EVIL, "answer": "1", "images": []},
                            f"\\boxed{{{n % 2}}}", True, 9) for n in range(20)]
     summary = evaluate.summarise(rows)
@@ -79,7 +79,7 @@ def test_doctests():
 # ---------------------------------------------------------------------------- answers
 
 def test_pieces_join_to_the_answer_even_where_a_character_is_cut(loaded):
-    """Emoji and accents take several tokens each; their bytes alone are no text."""
+    """Emoji and accents take several tokens each; a part of their bytes is no text."""
     _, processor = loaded
     text = "caf\u00e9 \U0001f388 \u65e5\u672c, I see <b> & \\boxed{2}.\n"
     ids = processor.encode(text) + [min(processor.stop_ids)]
@@ -91,7 +91,7 @@ def test_pieces_join_to_the_answer_even_where_a_character_is_cut(loaded):
 
 
 def test_answers_are_those_of_the_start_and_of_the_checkpoint(asked, loaded):
-    """One row at a time here, batched in evaluate.py: the same answers."""
+    """One row at a time here, in batches in evaluate.py: the answers are the same."""
     records = record_files.load(asked.args["eval_data"])[:3]
     student, _ = qwen.load(asked.folder / "checkpoint", device="cpu")
     for model, which in ((loaded[0], "before"), (student, "after")):
@@ -125,7 +125,7 @@ def test_logprobs_are_those_of_a_fresh_forward(asked, loaded):
 
 
 def test_scoring_knows_where_the_prompt_ends_for_a_sink_that_is_last(tiny, records):
-    """sink="last" must stand on the prompt's last token, not on the answer's."""
+    """sink="last" is the prompt's last token, not the answer's."""
     student, processor = tiny
     teacher = teaching.frozen_copy(student)
     cue = cue_recovery.attach(student, every=2, sink="last")
@@ -174,7 +174,7 @@ def test_attention_stands_on_its_cell(tiny, cell, monkeypatch):
 
 
 def test_maps_before_training_are_those_of_the_run_s_own_start(asked, loaded):
-    """The module is random at the start: another seed than the run's would show another map."""
+    """The module is random at the start, so another seed would show another map."""
     maps = {}
     for seed in (7, 8):
         model = copy.deepcopy(loaded[0])
@@ -237,7 +237,7 @@ def test_text_from_data_stays_text(asked):
 
 @pytest.mark.parametrize("accuracy, shown", [(0.5, "50.0"), (0.083, "8.3"), (1.0, "100.0")])
 def test_a_card_has_the_whole_interval(asked, accuracy, shown):
-    """The first five letters were cut off, which is right for two digits before the point only."""
+    """Its first five letters were once cut off: right only for two digits before the point."""
     run = copy.copy(asked)
     run.before, run.result = {"base": {"accuracy": accuracy, "interval": [0.012, 1.0]}}, {}
     assert f'<p class="big">{shown} %</p><p>[1.2, 100.0]</p>' in report.result_section(run)
@@ -306,7 +306,7 @@ def test_a_folder_with_settings_only_is_a_page(tmp_path):
 
 
 def test_an_averaged_teacher_is_the_saved_one(finished, tiny, tmp_path):
-    """--teacher ema: the teacher that scored last is in the state, not the one of the start."""
+    """--teacher ema: the page uses the teacher from the saved state, not the initial one."""
     teacher = teaching.frozen_copy(tiny[0])
     saved = {f"teacher/{n}": p + 1 for n, p in teacher.named_parameters()}
     run = copy.copy(report.read_run(finished))

@@ -1,7 +1,8 @@
-"""sharding.py: two gloo processes on the tiny checkpoint give what one gives, and die together.
+"""sharding.py: two gloo processes with the tiny model give the results of one, and end together.
 
-One torchrun does all that needs two processes (this file is also its script, see worker()) and ends
-with the death of a rank; the tests look at what it left. Their references are runs of one process.
+One torchrun does everything that needs two processes (this file is also its script, see worker()).
+It ends when a rank is killed; the tests look at the files it left. The references are runs of one
+process.
 """
 import copy
 import json
@@ -49,16 +50,16 @@ def worker() -> None:
         # one process did the first step of this run; two do the second, in which one of them is
         # asked to stop; in the third it dies
         one_gets = lambda number: sharding.rank == 1 and os.kill(os.getpid(), number)   # noqa: E731
-        distill.training_step = before_step(1, lambda: one_gets(signal.SIGTERM))
+        distill.run_step = before_step(1, lambda: one_gets(signal.SIGTERM))
         with pytest.raises(SystemExit, match="130"):
             distill.main(["--resume", "runs/begun"])
-        distill.training_step = before_step(2, lambda: one_gets(signal.SIGKILL))
+        distill.run_step = before_step(2, lambda: one_gets(signal.SIGKILL))
         distill.main(["--resume", "runs/begun"])
 
 
 def before_step(number: int, action):
-    """distill.training_step, with something happening before step `number` (from 0)."""
-    original = distill.training_step
+    """distill.run_step, which calls something first at step `number` (from 0)."""
+    original = distill.run_step
 
     def step(*arguments):
         if arguments[5] == number:
@@ -68,27 +69,27 @@ def before_step(number: int, action):
 
 
 def keep_tokens(name: str, run) -> None:
-    """Run, and write what was sampled at each step, rows in order, to NAME.tokens.jsonl."""
-    original, out = distill.sample_all, Path(f"{name}.tokens.jsonl")
+    """Run, and write the tokens sampled at each step, in row order, to NAME.tokens.jsonl."""
+    original, out = distill.sample_responses, Path(f"{name}.tokens.jsonl")
 
-    def sample_all(*arguments, **settings):
-        got = original(*arguments, **settings)
+    def sample_responses(*arguments):
+        got = original(*arguments)
         rows = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]
-        K = arguments[3].samples_per_prompt
+        K = arguments[4].samples_per_prompt
         rows = sharding.collect([rows[i:i + K] for i in range(0, len(rows), K)])
         if sharding.is_main():
             checkpoint.append_jsonl(out, {"ids": rows})
         return got
-    distill.sample_all = sample_all
+    distill.sample_responses = sample_responses
     try:
         run()
     finally:
-        distill.sample_all = original
+        distill.sample_responses = original
 
 
 def bfloat16_step() -> None:
-    """One update in bf16; and how many bytes of weights each rank holds before, in and after it."""
-    config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4)
+    """One update in bf16, and the bytes of weights on each rank before, during and after it."""
+    config = distill.Config(device="cpu", dtype="bfloat16", max_new_tokens=4, batch_size=2)
     student, teacher, processor = distill.build_models(config)
     weights = distill.choose_weights(student, "all")
     optimizer = distill.Optimizer(weights, lr=1e-3, cue_lr=1e-3, warmup=1, steps=1, final=1, clip=1)
@@ -96,7 +97,8 @@ def bfloat16_step() -> None:
     with sharding.gathered(student):
         whole = sum(p.untyped_storage().nbytes() for p in student.parameters())
     records = distill.record_files.load("pictures.jsonl", ())[:2]
-    metrics, _ = distill.training_step(student, teacher, processor, records, config, 0, optimizer)
+    metrics, _ = distill.run_step(student, teacher, processor, records, config, 0, optimizer,
+                                  distill.scale_for(config, student, teacher, processor))
     shards.append(sum(p.to_local().untyped_storage().nbytes() for _, p in weights))
     rounded = all(torch.equal(p.to_local(), master.to_local().bfloat16())
                   for p, master in zip(optimizer.parameters, optimizer.masters))
@@ -116,7 +118,7 @@ def launched(toy_folder, tmp_path_factory):
     """(folder, output): all runs by one process in FOLDER/one, by two in FOLDER/two."""
     folder = tmp_path_factory.mktemp("sharding")
     rows = [json.loads(line) for line in (toy_folder / "train.jsonl").read_text().splitlines()]
-    here, pristine = os.getcwd(), distill.training_step
+    here, pristine = os.getcwd(), distill.run_step
     try:
         for name in ("one", "two"):
             (folder / name).mkdir()
@@ -124,13 +126,13 @@ def launched(toy_folder, tmp_path_factory):
         os.chdir(folder / "one")
         for name, arguments in RUNS.items():
             keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
-        # a run that one process begins, to be ended by two
+        # one process starts this run, two finish it
         os.chdir(folder / "two")
-        distill.training_step = before_step(1, interrupt)
+        distill.run_step = before_step(1, interrupt)
         with pytest.raises(KeyboardInterrupt):
             distill.main([*MIXED, "--name", "begun"])
     finally:
-        distill.training_step = pristine
+        distill.run_step = pristine
         os.chdir(here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -174,7 +176,7 @@ def same_metrics(a, b):
 
 @pytest.fixture(scope="module")
 def start(loaded):
-    """The weights that every run began with."""
+    """The weights that every run starts from."""
     model = copy.deepcopy(loaded[0])
     cue_recovery.attach(model, every=2, seed=0)
     return model.state_dict()
@@ -186,10 +188,10 @@ def weights(folder, name, which="checkpoint"):
 
 
 def same_change(start, one, two):
-    """Two trained models differ by less than a hundredth of what training changed.
+    """Two trained models differ by less than a hundredth of the change made by training.
 
-    Not by rounding alone: AdamW's first steps are as long for a gradient of 1e-9, whose sign is
-    noise.
+    Rounding alone would be less. But AdamW's first steps are full steps even for a gradient of
+    1e-9, whose sign is noise.
     """
     moved = sum(float((one[n] - start[n]).square().sum()) for n in start) ** 0.5
     apart = sum(float((one[n] - two[n]).square().sum()) for n in one) ** 0.5
@@ -198,8 +200,8 @@ def same_change(start, one, two):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_the_metrics_of_one(launched, name):
-    """Uneven rows, a rank without rows, without a picture, or all without; every metric, gradient
-    norm included, which a mean over ranks in place of the sum would halve."""
+    """Uneven rows; a rank without rows or pictures; no pictures at all. All metrics are compared,
+    also the gradient norm, which would be halved by a mean over ranks instead of the sum."""
     folder, _, _ = launched
     same_metrics(metrics(folder / "one", name), metrics(folder / "two", name))
 
@@ -213,7 +215,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(launched, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_checkpoint_is_that_of_one_process(launched, start, name):
-    """The same files, config and tensors, which model.load reads alone; and the same training."""
+    """The same files, config and tensors, and model.load reads them in one process."""
     folder, _, _ = launched
     one, two = (folder / n / "runs" / name / "checkpoint" for n in ("one", "two"))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
@@ -239,8 +241,8 @@ def test_each_rank_holds_its_part_and_bf16_has_float32_masters(launched):
 
 
 def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start, monkeypatch):
-    """The survivor must not wait forever in a collective. Step 1 is one process's, 2 two's, 3
-    one's. A signal that reached one of the two stopped both, behind the same step."""
+    """The survivor must not wait forever in a collective. One process does steps 1 and 3, two do
+    step 2. There a signal to one of the two stopped both after the same step."""
     folder, said, code = launched
     assert code != 0
     assert re.search(r"rank 0 of 2 stops: another process is gone.*--resume", said), said[-3000:]
@@ -267,7 +269,8 @@ def test_alone_nothing_is_started_and_nothing_changes(tiny):
     assert not torch.distributed.is_initialized() and sharding.is_main()
     rows = torch.arange(3)
     assert torch.equal(sharding.collect(sharding.share(rows)), rows) and sharding.total(7) == 7
-    assert sharding.in_step([[0, 1], [2]], None, processor) == [([0, 1], []), ([2], [])]
+    prompts = [qwen.Prompt([5])] * 3
+    assert sharding.even_out(processor, [[0, 1], [2]], prompts, prompts, [[]] * 3) == [[0, 1], [2]]
     kind = type(model)
     sharding.shard(model)
     with sharding.gathered(model):
@@ -289,7 +292,7 @@ def test_a_half_set_environment_is_refused(monkeypatch, variables, message):
 
 
 def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
-    """Three ranks; a picture here, a video there, a rank without rows: one sequence."""
+    """Three ranks: one has a picture, one a video, one no rows. All run the same sequence."""
     _, processor = loaded
     picture, text = ragged[0], ragged[1]
     kinds = [[{"picture"}, set()], [set(), set(), {"video"}], []]
@@ -298,17 +301,20 @@ def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
         monkeypatch.setattr(sharding, "world", 3)
         monkeypatch.setattr(sharding, "gather",
                             lambda mine, r=rank: [*kinds[:r], mine, *kinds[r + 1:]])
-        got = sharding.in_step([[row] for row in range(len(ours))], ours, processor)
-        assert [rows for rows, _ in got] == [[row] if row < len(ours) else [] for row in range(3)]
-        for i, (rows, blanks) in enumerate(got):
-            seen = [*(ours[row] for row in rows), *blanks]
-            assert len(seen) > 0
+        n, hinted, responses = len(ours), list(ours), [[7]] * len(ours)
+        got = sharding.even_out(processor, [[row] for row in range(n)], ours, hinted, responses)
+        assert len(ours) == len(hinted) == len(responses)
+        assert [[row for row in rows if row < n] for rows in got] == [
+            [row] if row < n else [] for row in range(3)]
+        for i, rows in enumerate(got):
+            assert len(rows) > 0 and all(responses[row] == [] for row in rows if row >= n)
+            seen = [ours[row] for row in rows]
             assert any(p.grids for p in seen) == (i == 0)
             # the video stands in kinds only, so rank 1's own third row is a text
             assert any(p.video_grids for p in seen) == (i == 2 and rank != 1) or rank == 1
 
 
-if __name__ == "__main__":      # torchrun, with processes that need not import everything again
+if __name__ == "__main__":      # torchrun; its processes fork from this one
     import torch._dynamo        # noqa: F401  imported by what is sharded, in each process
     import torch.distributed.fsdp
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -1,22 +1,22 @@
-"""The step as a whole: no picture is decoded twice, and little of what is scored is padding."""
-import doctest
+"""A whole step: no picture is decoded twice, and few of the scored tokens are padding."""
+import inspect
 import math
 import random
+import re
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cue_recovery
 import distill
 import model as qwen
 import teacher as teaching
-from rollout import Rollout
-from test_distill import KeepGradients, config
-
-
-def test_doctests():
-    result = doctest.testmod(distill)
-    assert result.attempted and not result.failed
+from conftest import ROOT
+from data import records as record_files
+from test_distill import KeepGradients, config, take_step
 
 
 def test_freeze_vision_is_train_language(tmp_path):
@@ -30,7 +30,7 @@ def test_freeze_vision_is_train_language(tmp_path):
 
 @pytest.mark.parametrize("train", ["all", "language"])
 def test_pictures_are_decoded_once_a_record_and_step(tiny, records, monkeypatch, train):
-    """The hinted prompt, the parts of sampling and the micro-batches all take the same pixels."""
+    """The hinted prompt, sampling and the micro-batches all use the same decoded pixels."""
     student, processor = tiny
     teacher, count = teaching.frozen_copy(student), {"decoded": 0, "patched": 0}
 
@@ -46,16 +46,16 @@ def test_pictures_are_decoded_once_a_record_and_step(tiny, records, monkeypatch,
     world = [{**r, "images": r["images"] * (1 + n % 2)} for n, r in enumerate(records[:6])]
     epoch = [distill.batch_of(world, step, 3, seed=0) for step in range(2)]
     for step, batch in enumerate(epoch):
-        distill.training_step(student, teacher, processor, batch,
-                              config(sample_batch=2, micro_batch_tokens=1, train=train), step,
-                              KeepGradients(student))
+        take_step(student, teacher, processor, batch,
+                  config(batch_size=3, sample_batch=2, micro_batch_tokens=1, train=train), step,
+                  KeepGradients(student))
     assert count == {"decoded": 9, "patched": 9}         # 3 records with a picture, 3 with two
 
 
 # ---------------------------------------------------------------------------- padding
 
 class Counter:
-    """Stands in for a model: notes the width and rows of what it is given to read."""
+    """Stands in for a model: records the width and number of rows of every batch it reads."""
     device = torch.device("cpu")
 
     def __init__(self):
@@ -72,47 +72,91 @@ def heavy_tailed(seed: int, rows: int = 128):
     prompts = [qwen.Prompt([5] * int(math.exp(rng.uniform(math.log(200), math.log(2000)))))
                for _ in range(rows)]
     hinted = [qwen.Prompt(p.ids + [6] * rng.randint(30, 200)) for p in prompts]
-    lengths = torch.tensor([min(4096, int(64 * rng.paretovariate(0.7))) for _ in range(rows)])
-    ids = torch.full((rows, int(lengths.max())), 7)
-    return prompts, hinted, Rollout(ids, lengths, lengths > 0, torch.zeros(ids.shape))
+    return prompts, hinted, [[7] * min(4096, int(64 * rng.paretovariate(0.7)))
+                             for _ in range(rows)]
 
 
-def padded_share(processor, prompts, hinted, rollout, groups) -> tuple[float, int]:
-    """Of all that both scoring passes read: the share that is padding, and the largest pass."""
+def padded_share(processor, prompts, hinted, responses, groups) -> tuple[float, int]:
+    """Over both scoring passes: the share of padding, and the tokens of the largest pass."""
     counter, real = Counter(), 0
     for rows in groups:
-        longest = int(rollout.lengths[rows].max())
-        ids, mask = (x[rows, :longest] for x in (rollout.ids, rollout.mask))
+        answered = sum(len(responses[row]) for row in rows)
         for side in (hinted, prompts):
-            states = distill.response_states(counter, processor, side, rows, ids, mask)
-            assert len(states) == mask.sum()
-            real += sum(len(side[row].ids) for row in rows) + int(mask.sum())
+            states = distill.response_states(processor, responses, distill.last_hidden_state, side,
+                                             counter, rows)
+            assert len(states) == answered
+            real += sum(len(side[row].ids) for row in rows) + answered
     read = [rows * columns for rows, columns in counter.seen]
     return 1 - real / sum(read), max(read)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_at_most_a_tenth_of_what_is_scored_is_padding(loaded, seed):
-    """Measured on what the forward passes read, at the paper's batch and the default budget.
+    """Measured on the batches of the forward passes, with the paper's batch and the default budget.
 
-    A long prompt with a short answer and a short prompt with a long one were once padded to both
-    long ends: a third was padding, and a pass read 27,706 tokens under a budget of 16,384.
+    Once, a row was as wide as the longest prompt plus the longest answer of its group. Then a third
+    was padding, and a pass read 27,706 tokens under a budget of 16,384.
     """
     _, processor = loaded
-    prompts, hinted, rollout = heavy_tailed(seed)
-    groups = distill.micro_batches(prompts, hinted, rollout, 16384)
+    prompts, hinted, responses = heavy_tailed(seed)
+    groups = distill.micro_batches(prompts, hinted, responses, 16384)
     assert sorted(row for group in groups for row in group) == list(range(128))
-    share, largest = padded_share(processor, prompts, hinted, rollout, groups)
+    share, largest = padded_share(processor, prompts, hinted, responses, groups)
     assert share <= 0.10 and largest <= 16384
-    assert len(groups) <= 20                # one row a pass would pad nothing, and take 128 of them
+    assert len(groups) <= 20                # one row per pass would need no padding, but 128 passes
 
 
 def test_a_row_is_as_wide_as_itself(loaded):
     """A long prompt with a short answer, a short one with a long answer: 110 columns, not 200."""
     _, processor = loaded
     prompts = [qwen.Prompt([5] * 100), qwen.Prompt([5] * 10)]
-    lengths = torch.tensor([10, 100])
-    rollout = Rollout(torch.full((2, 100), 7), lengths, lengths > 0, torch.zeros(2, 100))
     counter = Counter()
-    distill.response_states(counter, processor, prompts, [0, 1], rollout.ids, rollout.mask)
+    distill.response_states(processor, [[7] * 10, [7] * 100], distill.last_hidden_state, prompts,
+                            counter, [0, 1])
     assert counter.seen == [(2, 110)]
+
+
+# ---------------------------------------------------------------------------- few hops
+
+def test_few_functions_run_from_a_record_to_its_loss(tiny, toy_folder):
+    """Readers follow a record through the code: each function is a place they have to look up.
+
+    85 functions in 10 files ran in the first edition, 8 of which did nothing. Counted with the plain
+    decoder, the module attached, in one process; inner functions count too.
+    """
+    student, processor = tiny
+    teacher = teaching.frozen_copy(student)
+    cue_recovery.attach(student, every=2)
+    settings = config(batch_size=4)
+    distill.choose_weights(student, "all")
+    optimizer = distill.Optimizer(list(student.named_parameters()), lr=1e-4, cue_lr=1e-4, warmup=1,
+                                  steps=1, final=1, clip=1)
+    uniforms, found = distill.uniform_numbers(settings, 0), set()
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(f"{ROOT}/") and (
+                "/tests/" not in code.co_filename and not code.co_name.startswith("<")):
+            found.add((code.co_filename.removeprefix(f"{ROOT}/"), code.co_qualname))
+
+    threading.setprofile(note)          # pictures are read by threads
+    sys.setprofile(note)
+    try:
+        batch = record_files.load(toy_folder / "train.jsonl")[:4]
+        distill.training_step(student, teacher, processor, batch, uniforms, settings, 0, optimizer,
+                              distill.Scale())
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert len(found) <= 62, sorted(found)
+
+
+def test_training_step_is_short_and_knows_of_no_machinery():
+    """The paper's four numbered steps in at most 40 lines, no word of processes or moving models."""
+    lines = inspect.getsource(distill.training_step).splitlines()
+    text = "\n".join(lines)
+    assert len(lines) <= 40
+    assert [text.index(f"# {n}) ") for n in (1, 2, 3, 4)] == sorted(
+        text.index(f"# {n}) ") for n in (1, 2, 3, 4))
+    code = text.replace(distill.training_step.__doc__, "")
+    assert not re.search(r"rank|world|shard|gather|offload|process(es)?\b|\.to\(|cpu", code)

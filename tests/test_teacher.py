@@ -7,6 +7,7 @@ from PIL import ImageOps
 
 import cue_recovery
 import teacher as teaching
+from scale import offload
 from rollout import append_response
 from teacher import (PRIVILEGES, at_work, check_same_vocabulary, freeze, frozen_copy, hint,
                      update_ema)
@@ -156,9 +157,9 @@ def test_an_offloaded_teacher_is_away_between_its_turns(loaded, ragged, monkeypa
         carried.append(device)
         return tensor.clone()
 
-    monkeypatch.setattr(teaching, "carry", carry)
+    monkeypatch.setattr(offload, "carry", carry)
     expected = logits(model, batch)
-    with at_work(model, "gpu"):
+    with offload.brought(model, "gpu"), at_work(model):
         assert not any(p.data_ptr() == home[name] for name, p in model.named_parameters())
         # a tied head is still the embedding: carried once, not as two
         assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()

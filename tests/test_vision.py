@@ -10,7 +10,7 @@ import cue_recovery
 import distill
 import teacher as teaching
 from scale import vision
-from test_distill import KeepGradients, config
+from test_distill import KeepGradients, config, take_step
 
 
 def film(count: int) -> list[Image.Image]:
@@ -44,9 +44,9 @@ def pair(tiny):
 def step(models, records, **changes):
     student, teacher, processor = models
     keep = KeepGradients(student)
-    settings = config(**{"micro_batch_tokens": 500, "sample_batch": 4, "train": "language",
+    settings = config(**{"batch_size": len(records), "micro_batch_tokens": 500, "sample_batch": 4, "train": "language",
                          "temperature": 1.5, **changes})
-    got = distill.training_step(student, teacher, processor, records, settings, 0, keep)
+    got = take_step(student, teacher, processor, records, settings, 0, keep)
     return *got, keep.kept
 
 

@@ -128,8 +128,9 @@ def times(points: list[dict], rounds: int) -> list[dict]:
             watch = steps.Phases(student, teacher, processor, optimizer)
             with watch.undo:
                 start = clock()
-                metrics, _ = distill.training_step(student, teacher, processor, data, config,
-                                                   number, optimizer)
+                metrics, _ = distill.run_step(
+                    student, teacher, processor, data, config, number, optimizer,
+                    distill.scale_for(config, student, teacher, processor))
                 total = clock() - start
             if metrics["tokens"] != point["batch"] * point["response"]:
                 raise AssertionError(f"{metrics['tokens']} tokens at {point}")

@@ -195,7 +195,7 @@ def measure(distill, config, made, data, peaks) -> tuple[dict, dict]:
     models = distill.build_models(config)
     qwen.load = load
     distill.read_prompts = peaks.phase("sample", distill.read_prompts)
-    distill.sample_all = peaks.phase("sample", distill.sample_all)
+    distill.sample_responses = peaks.phase("sample", distill.sample_responses)
     distill.Optimizer.step = peaks.phase("update", distill.Optimizer.step)
     peaks.take("build")
     metrics = step(distill, config, models, data, peaks)
@@ -214,7 +214,8 @@ def step(distill, config, models, data, peaks=None) -> dict:
     optimizer.step(0)
     if peaks:
         peaks.take("moments")
-    return distill.training_step(student, teacher, processor, data, config, 1, optimizer)[0]
+    scale = distill.scale_for(config, student, teacher, processor)
+    return distill.run_step(student, teacher, processor, data, config, 1, optimizer, scale)[0]
 
 
 # ---------------------------------------------------------------------------- all cases

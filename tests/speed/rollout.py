@@ -1,13 +1,13 @@
 """rollout.py - how fast rollout.sample is beside the class's own generate. Run by hand.
 
-The idea.  Two ways of sampling the same answers from the same prompts, in one process and in turns,
-so that other work on the machine hits both; a ratio a pair, and the median of the pairs.
+The idea.  Three ways of sampling the same answers from the same prompts, in one process and in
+turns, so that other work on the machine hits both; a ratio a pair, and the median of the pairs.
 
-    ours       rollout.sample
+    ours       rollout.sample with FastDecoder
     generate   model.generate: same temperature, bans (suppress_tokens), stop ids and limit, its
                default DynamicCache. It returns no log-probs, ours does.
-    plain      the loop that rollout.py once was: DynamicCache, a mask longer by one at every step,
-               rows leaving by a copy of the cache, a float64 sum over the vocabulary, no_grad
+    plain      rollout.sample with PlainDecoder: DynamicCache, a mask longer by one at every step,
+               rows leaving by a copy of the cache
 
 How both stop at the same steps, though they draw different tokens: hooks on the model's rotary
 embedding and on lm_head see every row's position, and make the stop token certain at one position,
@@ -25,7 +25,7 @@ memory.
 from __future__ import annotations
 
 import argparse
-import inspect
+import functools
 import json
 import os
 import random
@@ -43,7 +43,8 @@ import transformers  # noqa: E402
 
 import model as qwen  # noqa: E402
 from data import toy  # noqa: E402
-from rollout import PICTURES, position_after, rope_positions, sample  # noqa: E402
+from rollout import PlainDecoder, position_after, sample  # noqa: E402
+from scale.decoder import FastDecoder  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -139,10 +140,13 @@ def stop_at(model, position: int, stop_id: int):
 
 # ---------------------------------------------------------------------------- the ways to sample
 
-def ours(model, batch, T, K, temperature, sampling, more=None):
+def ours(model, batch, T, K, temperature, sampling, more=None, decoder=FastDecoder):
     out = sample(model, batch, max_new_tokens=T, temperature=temperature, samples_per_prompt=K,
-                 generator=torch.Generator().manual_seed(0), more=more, **sampling)
+                 generator=torch.Generator().manual_seed(0), more=more, decoder=decoder, **sampling)
     return out.ids, out.lengths
+
+
+plain = functools.partial(ours, decoder=PlainDecoder)
 
 
 def generate(model, batch, T, K, temperature, sampling):
@@ -157,57 +161,6 @@ def generate(model, batch, T, K, temperature, sampling):
     stops = torch.isin(ids, torch.tensor(sorted(sampling["stop_ids"]), device=ids.device))
     first = torch.where(stops.any(1), stops.int().argmax(1) + 1, ids.shape[1])
     return ids, first
-
-
-@torch.no_grad()
-def plain(model, batch, T, K, temperature, sampling):
-    accepted = inspect.signature(type(model).forward).parameters
-    name = "cache" if "cache" in accepted else "past_key_values"
-    batch = repeated(batch, K)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    generator, positions = torch.Generator().manual_seed(0), rope_positions(model, batch)
-    after = position_after(positions, mask)
-    stop = torch.tensor(sorted(sampling["stop_ids"]), device=ids.device)
-    rows, running = len(ids), torch.arange(len(ids), device=ids.device)
-    out = torch.full((rows, T), sampling["pad_id"], device=ids.device)
-    lengths = torch.zeros(rows, dtype=torch.long, device=ids.device)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                   logits_to_keep=1, **{k: batch[k] for k in PICTURES if k in batch})
-    for t in range(T):
-        logits = output.logits[:, -1].float()
-        logits[:, sampling["banned_ids"]] = float("-inf")
-        logprobs = (logits / (temperature or 1)).log_softmax(-1)
-        if temperature:
-            cdf = logprobs.double().exp().cumsum(-1)
-            uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(ids.device)
-            target = (uniform[running] * cdf[:, -1])[:, None]
-            tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
-        else:
-            tokens = logits.argmax(-1)
-        out[running, t] = tokens
-        lengths[running] += 1
-        cache, going = getattr(output, name), ~torch.isin(tokens, stop)
-        if not bool(going.all()):
-            keep = going.nonzero()[:, 0]
-            running, tokens, mask = running[keep], tokens[keep], mask[keep]
-            if len(keep):
-                cache.batch_select_indices(keep)
-        if len(running) == 0 or t + 1 == T:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-        output = model(input_ids=tokens[:, None], attention_mask=mask, use_cache=True,
-                       position_ids=(after[running] + t).expand(3, -1)[..., None], **{name: cache})
-    return out[:, :int(lengths.max())], lengths
-
-
-def repeated(batch, K):
-    """Every prompt K times, its picture too (one a prompt here, all of one size)."""
-    if K == 1:
-        return batch
-    patches = batch["pixel_values"].unflatten(0, (len(batch["input_ids"]), -1))
-    out = {k: v.repeat_interleave(K, dim=1 if k == "position_ids" else 0) for k, v in batch.items()
-           if k != "pixel_values"}
-    return {**out, "pixel_values": patches.repeat_interleave(K, dim=0).flatten(0, 1)}
 
 
 WAYS = {"ours": ours, "generate": generate, "plain": plain}

@@ -43,6 +43,7 @@ from PIL import Image  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import model as qwen  # noqa: E402
+from scale import checkpoint
 import teacher as teaching  # noqa: E402
 from scale import vision  # noqa: E402
 from data import records as record_files, toy  # noqa: E402
@@ -66,10 +67,11 @@ def optimizer_of(student, train="all") -> Optimizer:
 def ours(student, teacher, processor, config):
     """A function (records, step) -> mean length, that makes one step of distill.py."""
     optimizer = optimizer_of(student, config.train)
+    scale = distill.scale_for(config, student, teacher, processor)
 
     def step(records, number):
-        metrics, _ = distill.training_step(student, teacher, processor, records, config, number,
-                                           optimizer)
+        metrics, _ = distill.run_step(student, teacher, processor, records, config, number,
+                                      optimizer, scale)
         return metrics["length"]
     return step
 
@@ -177,7 +179,7 @@ def ragged_checkpoint() -> Path:
     processor = qwen.Processor(qwen.TINY)
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration._from_config(AutoConfig.from_pretrained(qwen.TINY))
-    qwen.save(model, processor, folder / "ragged")
+    checkpoint.save_model(model, processor, folder / "ragged")
     path = folder / "ragged" / "generation_config.json"
     settings = json.loads((qwen.TINY / "generation_config.json").read_text())
     words = sorted(set(processor.vocab.values()) - set(processor.banned_ids) - processor.stop_ids)
@@ -277,10 +279,11 @@ def phases(batches, config) -> dict[str, float]:
     """{phase: CPU seconds a step}, with "the rest" (metrics, decoding, Python between)."""
     student, teacher, processor = models(config)
     optimizer = optimizer_of(student, config.train)
+    scale = distill.scale_for(config, student, teacher, processor)
 
     def step(number):
-        distill.training_step(student, teacher, processor, batches[number], config, number,
-                              optimizer)
+        distill.run_step(student, teacher, processor, batches[number], config, number, optimizer,
+                         scale)
     step(0)
     watch = Phases(student, teacher, processor, optimizer)
 

@@ -1,0 +1,127 @@
+"""scale/checks.py - what can be known to be wrong before a weight is fetched.
+
+The idea.  The weights of a real model take an hour to fetch and minutes to load. Names of devices
+and numbers, the settings and tokenizers of both models, and whether they fit each other cost a
+second. So they are looked at first, and what is wrong is one line.
+
+In:  the names that were typed (distill.Config).  Out: the student's Processor; or a ValueError.
+"""
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+import torch
+
+import model as qwen
+import teacher as teaching
+from scale import plan
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "float64": torch.float64}
+ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
+             "flash_attention_3": "flash_attn_interface"}      # name -> the package it needs
+
+
+def check_placement(device=None, dtype=None,
+                    attention: str = "sdpa") -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that these names mean; ValueError for what cannot work on this machine.
+
+    device: default cuda if there is one, else cpu. dtype: default float32 on the CPU, bfloat16 on
+    an accelerator (an Apple GPU has it from macOS 14).
+    """
+    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(),
+            "mps": torch.backends.mps.is_available()}
+    name = str(device or ("cuda" if here["cuda"] else "cpu"))
+    if not re.fullmatch(r"(cpu|meta|mps|cuda)(:\d+)?", name):
+        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N, mps")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not here[device.type] or (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device here "
+                         f"(it finds {', '.join(k for k in here if here[k] and k != 'meta')})")
+    if not dtype:
+        half = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+        dtype = torch.bfloat16 if half and device.type != "cpu" else torch.float32
+    dtype = DTYPES.get(str(dtype).removeprefix("torch."), dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device.type == "mps" and dtype == torch.float64:
+        raise ValueError("--dtype float64: an Apple GPU (mps) has no such numbers, take float32")
+    if attention not in ATTENTION:
+        raise ValueError(f"--attention {attention!r} is none of {', '.join(ATTENTION)}")
+    package = ATTENTION[attention]
+    if package and not (here["cuda"] and find_spec(package)):
+        raise ValueError(f"--attention {attention} needs a CUDA GPU and the package {package}; "
+                         "sdpa needs neither")
+    if package and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
+                         f"{str(dtype).removeprefix('torch.')}; sdpa does")
+    return device, dtype
+
+
+def check_models(config) -> qwen.Processor:
+    """The student's processor, after all that the small files of both models can tell.
+
+    Fetches config.json, tokenizer and picture settings only. Raises ValueError, FileNotFoundError
+    or ConnectionError, one line each.
+    """
+    if config.offload_teacher and config.teacher == "ema":
+        raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
+                         "stay beside the student")
+    check_placement(config.device, config.dtype, config.attention)
+    if config.teacher == "ema" and config.train in ("cue", "lora"):
+        raise ValueError(f"--teacher ema: with --train {config.train} the backbone stays as it is, "
+                         "and so would its average; take --teacher self")
+    if config.teacher == "ema" and "flash" in config.attention:
+        raise ValueError(f"--teacher ema is kept in float32, which --attention {config.attention} "
+                         "does not compute in; take sdpa")
+    names = [config.student, *([] if config.teacher in ("self", "ema") else [config.teacher])]
+    folders = [qwen.find_folder(name, weights=False) for name in names]
+    processors = [qwen.Processor(folder, config.min_pixels or None, config.max_pixels or None)
+                  for folder in folders]
+    if len(names) == 2:
+        student, teacher = processors
+        rows = [qwen.model_config(f)["text_config"]["vocab_size"] for f in folders]
+        teaching.check_same_vocabulary(student.vocab, teacher.vocab, *rows)
+        if (student.patch, student.merge) != (teacher.patch, teacher.merge):
+            raise ValueError(f"student and teacher cut pictures into patches of {student.patch} "
+                             f"and {teacher.patch} pixels, so they cannot read the same prompt")
+        if student.answer_prefix != teacher.answer_prefix:
+            raise ValueError(f"answers of {names[0]} begin with {student.answer_prefix!r} and "
+                             f"answers of {names[1]} with {teacher.answer_prefix!r}: take an "
+                             "Instruct teacher for an Instruct student, or both Thinking")
+        print(f"stop ids: student {sorted(student.stop_ids)}, teacher {sorted(teacher.stop_ids)}")
+    return processors[0]
+
+
+def check_memory(config) -> None:
+    """Fill in --sample-batch and --micro-batch-tokens where they are 0, by the free memory.
+
+    The plan counts the longest prompts and answers that the settings allow. Raises ValueError, with
+    the flags that would help, if even then the run needs more than there is. --gpu-memory, if
+    given, counts instead of what the GPU says. On a CPU nothing is looked up.
+    """
+    device, _ = check_placement(config.device, config.dtype, config.attention)
+    memory = config.gpu_memory
+    if not memory and device.type == "cuda":
+        memory = torch.cuda.mem_get_info()[0] / plan.GB
+    if not memory:
+        return plan.choose_sizes(config, 0)
+    sized, said = plan.fitted(config, memory)
+    if not said.startswith("fits"):
+        raise ValueError(said)
+    for name in ("sample_batch", "micro_batch_tokens", "score_privilege"):
+        setattr(config, name, getattr(sized, name))
+    print(said.splitlines()[0])
+
+
+def halve(config, student) -> None:
+    """Half the rows and half the micro-batch from now on; forget what the failed step left."""
+    config.sample_batch = max(1, config.sample_batch // 2)
+    config.micro_batch_tokens = max(1, config.micro_batch_tokens // 2)
+    print(f"\nout of memory: going on with --sample-batch {config.sample_batch} "
+          f"--micro-batch-tokens {config.micro_batch_tokens}", flush=True)
+    student.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,76 @@
+"""scale/measure.py - what a training step reports: sums over its micro-batches, and one line of log.
+
+The idea.  A step is cut into micro-batches, and perhaps over processes. What it reports must not
+depend on the cut: so sums are kept, and divided once, over all of the step's tokens.
+
+In:  divergences and gaps of each micro-batch; the answers as text.
+Out: one line of metrics.jsonl. docs/looking_at_a_run.md says what each number means.
+
+The one equation (figure 3 of the paper; one half of every response each):
+    gap = mean over tokens of  log p_T(y_n | X, S, y_<n) - log p_theta(y_n | X, y_<n)
+
+Use it alone: imports torch only.
+"""
+from __future__ import annotations
+
+import math
+import re
+import time
+
+import torch
+
+
+class Sums:
+    """Sums over micro-batches, so that a step reports all of its tokens and not the last ones."""
+
+    def __init__(self):
+        self.loss = self.entropy = self.front = self.back = 0.0
+        self.front_tokens = self.back_tokens = 0
+        self.gradient_norm, self.seconds, self.start = 0.0, {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the last lap."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self.start = now - self.start, now
+
+    def add(self, nats, weights, lengths, stats) -> None:
+        """nats, weights, and entropy and gap in stats: (N,). lengths (B,): tokens of each row."""
+        self.loss += float((nats * weights).sum())
+        self.entropy += float((stats["entropy"] * weights).sum())
+        place = torch.cat([torch.arange(n, device=nats.device) < n / 2 for n in lengths.tolist()])
+        self.front += float(stats["gap"][place].sum())
+        self.back += float(stats["gap"][~place].sum())
+        self.front_tokens += int(place.sum())
+        self.back_tokens += int((~place).sum())
+
+
+def metrics_of(step: int, parts: list[Sums], answers: list[dict]) -> dict:
+    """One line of metrics.jsonl. parts: the sums of every process; answers: of all, see decoded."""
+    loss, entropy, front, back, n_front, n_back = (sum(getattr(part, name) for part in parts) for
+        name in ("loss", "entropy", "front", "back", "front_tokens", "back_tokens"))
+    hints = [count_hints(answer["response"]) for answer in answers]
+    lengths = torch.tensor([answer["length"] for answer in answers])
+    stopped = torch.tensor([answer["stopped"] for answer in answers])
+    tokens, norm, seconds = int(lengths.sum()), parts[0].gradient_norm, parts[0].seconds
+    return {"step": step, "loss": loss, "entropy": entropy, "gap_front": front / max(1, n_front),
+            "gap_back": back / max(1, n_back), "length": float(lengths.float().mean()),
+            "tokens": tokens, "cut_off": float((~stopped).float().mean()),
+            "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints),
+            "gradient_norm": norm if math.isfinite(norm) else None,            # JSON has no NaN
+            "skipped": int(not math.isfinite(norm)),
+            **{f"{name}_seconds": round(s, 3) for name, s in seconds.items()},
+            **{f"{name}_tokens_per_second": round(tokens / s) for name, s in seconds.items()}}
+
+
+def decoded(rollout, decode, K: int) -> list[list[dict]]:
+    """K responses to each prompt: as text, with length in tokens, and whether it ended by itself."""
+    rows = [{"response": decode(ids[:n]), "length": n, "stopped": stopped} for ids, n, stopped in
+            zip(rollout.ids.tolist(), rollout.lengths.tolist(), rollout.stopped.tolist())]
+    return [rows[start:start + K] for start in range(0, len(rows), K)]
+
+
+def count_hints(response: str) -> int:
+    """How often the word "hint" stands there: whole word, any case (table 8)."""
+    return len(re.findall(r"\bhint\b", response, re.IGNORECASE))
