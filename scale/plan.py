@@ -394,8 +394,8 @@ def evaluate(run: Run, size) -> float:
     base = answering(size.m, size.b, size.numbers.total + size.module)
     if run.score_privilege:
         return base
-    return max(base, answering(size.t, size.tb, size.teacher_numbers.total)
-               + size.teacher - size.resting_teacher)
+    hinted = answering(size.t, size.tb, size.teacher_numbers.total)
+    return max(base, hinted + size.teacher - size.resting_teacher)
 
 
 def sample(run: Run, size) -> float:
@@ -517,13 +517,13 @@ def flags(settings: dict) -> list[str]:
     return out
 
 
-def command(run: Run, config, changed: dict) -> str:
-    """A run's whole command line: what differs from the defaults, with some settings changed."""
-    start = "python" if run.gpus == 1 else f"torchrun --nproc-per-node {run.gpus}"
-    given = {f.name: getattr(config, f.name) for f in fields(config)
-             if f.name not in ("plan", "gpu_memory", "gpus", "name")
-             and getattr(config, f.name) != f.default}
-    return " ".join([start, "distill.py", *flags({**given, **changed})])
+def command(gpus: int, asked, config) -> str:
+    """The whole command line of a run: what differs from the defaults, or from what was asked."""
+    start = "python" if gpus == 1 else f"torchrun --nproc-per-node {gpus}"
+    said = {f.name: getattr(config, f.name) for f in fields(config)
+            if f.name not in ("plan", "gpu_memory", "gpus", "name")
+            and not getattr(config, f.name) == f.default == getattr(asked, f.name)}
+    return " ".join([start, "distill.py", *flags(said)])
 
 
 def read_models(config) -> tuple[tuple, str, str]:
@@ -538,8 +538,9 @@ def read_models(config) -> tuple[tuple, str, str]:
 def choose_sizes(config, memory: float) -> None:
     """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
 
-    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
-    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger
+    teacher on several GPUs only scores if no GPU has room for all of it. Without a memory to fit:
+    Run's own.
     """
     free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
     run = from_settings(config)
@@ -606,7 +607,7 @@ def report(config) -> str:
 
 
 def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
-    """Settings that fit; and in words whether the run fits, with a command that makes it fit.
+    """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
 
     asked: the settings as typed; sized: with the sizes that choose_sizes found.
     """
@@ -614,17 +615,19 @@ def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
     # sizes that are chosen here leave some room
     room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
     if made.peak <= room:
-        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run, sized, {})}"
+        line = command(run.gpus, asked, sized)
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {line}"
     changed, best = make_fit(run, room, *models)
+    tried = " ".join(flags(changed)) or "any flag"
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
     if best.peak <= room:
         sized = replace(asked, **changed)             # with these flags there may be room for more
         choose_sizes(sized, memory)
         best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with "
-                       f"{' '.join(flags(changed))} ({host}):\n  {command(run, sized, {})}")
-    tried, phase = " ".join(flags(changed)) or "any flag", max(best.peaks, key=best.peaks.get)
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {tried} ({host}):"
+                       f"\n  {command(run.gpus, asked, sized)}")
+    phase = max(best.peaks, key=best.peaks.get)
     text += f"Nor with {tried}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
             and make_fit(replace(run, train=train), room, *models)[1].peak <= room]

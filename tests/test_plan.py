@@ -333,12 +333,12 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
 
 def test_a_proposed_value_that_is_a_default_is_still_in_the_command():
     """The tiny student's own defaults would else take its place: eager, in place of sdpa."""
-    config = distill.read_config(["--seed", "3"])[0]
-    run = plan.from_settings(config)
-    assert config.attention == "eager" and ("attention", "sdpa") in plan.changes(run)
-    pasted = shlex.split(plan.command(run, config, {"attention": "sdpa"}))
-    again = distill.read_config(pasted[2:])[0]
-    assert (again.attention, again.seed, again.steps) == ("sdpa", 3, config.steps)
+    asked = distill.read_config(["--seed", "3"])[0]
+    assert asked.attention == "eager" and ("attention", "sdpa") in plan.changes(
+        plan.from_settings(asked))
+    sized = dataclasses.replace(asked, attention="sdpa")
+    again = distill.read_config(shlex.split(plan.command(1, asked, sized))[2:])[0]
+    assert (again.attention, again.seed, again.steps) == ("sdpa", 3, asked.steps)
 
 
 def test_plan_reads_the_folder_of_a_checkpoint(capsys):
