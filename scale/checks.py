@@ -80,7 +80,8 @@ def hub_advice(name):
             advice = "not all of it is in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
         else:
             advice = "run again, what is there is kept and a cut file goes on where it was cut"
-        raise ConnectionError(f"{advice}. {said}") from None
+        raise ConnectionError(str(said).replace(" from the hub (", f" from the hub: {advice} (", 1)
+                              ) from None
 
 
 def small_files(name, min_pixels=None, max_pixels=None) -> qwen.Processor:
