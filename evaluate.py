@@ -36,8 +36,8 @@ from benchmarks.counting import grid, interval, percent
 from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
 from rollout import sample
+from scale import checks
 from scale.checkpoint import write_jsonl
-from scale.checks import check_placement
 from scale.decoder import FastDecoder
 from scale.measure import count_hints
 
@@ -240,10 +240,12 @@ def run_settings(model: Path) -> dict:
 
 def load_asked(args, own: dict):
     """The model of the command line. own: its run's settings, where nothing is typed."""
-    device, dtype = check_placement(args.device, args.dtype)
-    return qwen.load(args.model, dtype, device,
-                min_pixels=args.min_pixels or own["min_pixels"] or None,
-                max_pixels=args.max_pixels or own["max_pixels"] or None)
+    device, dtype = checks.check_placement(args.device, args.dtype)
+    pixels = {name: getattr(args, name) or own[name] or None
+              for name in ("min_pixels", "max_pixels")}
+    checks.small_files(args.model, **pixels)
+    with checks.hub_advice(args.model):
+        return qwen.load(args.model, dtype, device, **pixels)
 
 
 def main_records(args) -> None:

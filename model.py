@@ -72,8 +72,7 @@ def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
 
     weights=False fetches only what is small (settings, tokenizer, the module's file), enough for
-    Processor(), and for a process that another one sends its weights. ConnectionError says in one
-    line what to do when the hub does not give the files.
+    Processor(), and for a process that another one sends its weights. Raises ConnectionError.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -85,25 +84,14 @@ def find_folder(path, weights: bool = True) -> Path:
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
                                 f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors" if weights else CUE_FILE]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except Exception as error:      # the hub and what is below it raise many kinds
-        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-        page, login = f"{constants.ENDPOINT}/{path}", "log in with `hf auth login`"
-        if isinstance(error, errors.GatedRepoError) or status == 403:
-            advice = f"access is restricted: accept the licence on {page} and {login}"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            advice = f"there is no such model, or it is private: check the name, or {login}"
-        elif constants.HF_HUB_OFFLINE:
-            advice = "not all of it is in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
-        else:
-            advice = "run again, what is there is kept and a cut file goes on where it was cut"
+    except Exception as error:  # offline, no such name, no permission: the hub raises many kinds
         reason = " ".join(str(error).split())[:160]
-        raise ConnectionError(f"cannot get {path} from the hub: {advice}; or give a local folder, "
-                              f"the tiny default is {TINY} ({type(error).__name__}: {reason})"
-                              ) from None
+        raise ConnectionError(f"cannot get {path} from the hub ({type(error).__name__}: {reason}); "
+                              f"give a local folder; the tiny default is {TINY}") from None
 
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
@@ -142,28 +130,11 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
 
 
 def model_config(folder) -> dict:
-    """config.json of a checkpoint that load() can read; ValueError says what to do with others."""
-    folder = Path(folder)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists() and not (folder / "config.json").exists():
-        base = _read_json(adapter).get("base_model_name_or_path")
-        raise ValueError(f"{folder} holds an adapter only, no model: merge it into {base} (peft: "
-                         "merge_and_unload(), then save_pretrained()) and give the merged folder")
-    config = _read_json(folder / "config.json")
+    """config.json of a checkpoint that load() can read. Raises ValueError for another model."""
+    config = _read_json(Path(folder) / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, this project "
                          f"handles {' and '.join(map(repr, ARCHITECTURES))}")
-    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
-        "quantization_config")
-    if quantised:
-        config["quantization_config"] = quantised
-        from transformers.quantizers import AutoHfQuantizer
-        try:
-            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
-        except Exception as error:      # a library, a GPU or the method itself is not there
-            raise ValueError(f"{folder}: the weights are quantised ({quantised.get('quant_method')}"
-                             f") and cannot be read here: {' '.join(str(error).split())}; the "
-                             "checkpoint without quantisation needs nothing more") from None
     return config
 
 
@@ -179,7 +150,9 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
                                 f"missing: {absent[:5]}")
     config = model_config(folder)
     # quantised weights go straight to their device: their kernels are chosen for it
-    there = {"device_map": {"": device}} if config.get("quantization_config") else {}
+    quantised = config.get("quantization_config") or config["text_config"].get(
+        "quantization_config")
+    there = {"device_map": {"": device}} if quantised else {}
     try:
         # ignore: a wrong shape is to be reported below, by name, with the others
         model, info = getattr(transformers, ARCHITECTURES[config["model_type"]]).from_pretrained(

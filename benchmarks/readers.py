@@ -361,7 +361,7 @@ def literal(cell, kind=list):
             raise ValueError(f"a literal of {len(spelled)} characters, over {MAX_LITERAL}")
         try:
             cell = ast.literal_eval(spelled)
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
             raise ValueError(f"not a {kind.__name__} literal: {spelled[:60]!r}") from None
         if not isinstance(cell, kind):
             raise ValueError(f"a {type(cell).__name__} literal, expected a {kind.__name__}")

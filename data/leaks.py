@@ -224,7 +224,7 @@ _LANGUAGE = {
     "formula": _any(r"""
         formula | reciprocal | (?:co)?sine of | tangent of (?:the )?angle
         (?:sin|cos|tan)(?-i: ?[(∠\dA-Zα-ω]) | area (?:=|is|equals) \w+ [×*/·÷] \w+
-        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w"""),
+        (?:area|base|length|width|height|mass|distance|speed|force|rate) (?:times|over|[×*/·÷]) \w+"""),
     "solving step": _any(r"""
         (?:therefore|thus|hence|because|must)\b | since (?!\d{4})\w | so (?!that\b)
         it follows | impl(?:y|ies)\b | (?:which|that|this) means | (?:has|have) to be\b

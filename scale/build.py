@@ -12,7 +12,7 @@ import cue_recovery
 import model as qwen
 import teacher as teaching
 from scale import lora, sharding
-from scale.checks import check_placement
+from scale.checks import check_placement, hub_advice
 
 
 def build_models(config):
@@ -24,7 +24,8 @@ def build_models(config):
     options = sharding.load_options(dict(
         dtype=dtype, device=device, attention=config.attention,
         min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None))
-    student, processor = qwen.load(config.student, **options)
+    with hub_advice(config.student):
+        student, processor = qwen.load(config.student, **options)
     if config.teacher == "self" and config.train in ("cue", "lora") and sharding.world == 1:
         teacher = student        # its backbone stays as it is; what is added is off while it teaches
     elif config.teacher in ("self", "ema"):
@@ -33,8 +34,9 @@ def build_models(config):
             teacher = teacher.float()        # in bf16 an average would be rounded to where it was
     else:
         there = {"device": "cpu"} if config.offload_teacher else {}
-        teacher, _ = qwen.load(config.teacher, cue=False,
-                               **{**options, "dtype": student.dtype, **there})
+        with hub_advice(config.teacher):
+            teacher, _ = qwen.load(config.teacher, cue=False,
+                                   **{**options, "dtype": student.dtype, **there})
         teaching.freeze(teacher)
     if config.offload_teacher and teacher is not student:
         teacher.to("cpu")

@@ -8,7 +8,9 @@ In:  the names that were typed (distill.Config).  Out: the student's Processor; 
 """
 from __future__ import annotations
 
+import json
 import re
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -60,6 +62,53 @@ def check_placement(device=None, dtype=None,
     return device, dtype
 
 
+@contextmanager
+def hub_advice(name):
+    """Inside, a model that the hub does not give is one line that says what to do."""
+    try:
+        yield
+    except ConnectionError as said:         # by model.find_folder
+        from huggingface_hub import constants, errors
+        error = said.__context__
+        status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
+        page, login = f"{constants.ENDPOINT}/{name}", "log in with `hf auth login`"
+        if isinstance(error, errors.GatedRepoError) or status == 403:
+            advice = f"access is restricted: accept the licence on {page} and {login}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            advice = f"there is no such model, or it is private: check the name, or {login}"
+        elif constants.HF_HUB_OFFLINE:
+            advice = "not all of it is in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it"
+        else:
+            advice = "run again, what is there is kept and a cut file goes on where it was cut"
+        raise ConnectionError(f"{advice}. {said}") from None
+
+
+def small_files(name, min_pixels=None, max_pixels=None) -> qwen.Processor:
+    """The processor of a folder or hub name, whose weights are not fetched yet.
+
+    Refuses, by name, an adapter without its model and quantised weights whose library is missing.
+    """
+    with hub_advice(name):
+        folder = qwen.find_folder(name, weights=False)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(f"{folder} holds an adapter only, no model: merge it into {base} (peft: "
+                         "merge_and_unload(), then save_pretrained()) and give the merged folder")
+    config = qwen.model_config(folder)
+    quantised = config.get("quantization_config") or config.get("text_config", {}).get(
+        "quantization_config")
+    if quantised:
+        from transformers.quantizers import AutoHfQuantizer
+        try:
+            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
+        except Exception as error:      # a library, a GPU or the method itself is not there
+            raise ValueError(f"{folder}: the weights are quantised ({quantised.get('quant_method')}"
+                             f") and cannot be read here: {' '.join(str(error).split())}; the "
+                             "checkpoint without quantisation needs nothing more") from None
+    return qwen.Processor(folder, min_pixels, max_pixels)
+
+
 def check_models(config) -> qwen.Processor:
     """The student's processor, after all that the small files of both models can tell.
 
@@ -77,12 +126,11 @@ def check_models(config) -> qwen.Processor:
         raise ValueError(f"--teacher ema is kept in float32, which --attention {config.attention} "
                          "does not compute in; take sdpa")
     names = [config.student, *([] if config.teacher in ("self", "ema") else [config.teacher])]
-    folders = [qwen.find_folder(name, weights=False) for name in names]
-    processors = [qwen.Processor(folder, config.min_pixels or None, config.max_pixels or None)
-                  for folder in folders]
+    processors = [small_files(name, config.min_pixels or None, config.max_pixels or None)
+                  for name in names]
     if len(names) == 2:
         student, teacher = processors
-        rows = [qwen.model_config(f)["text_config"]["vocab_size"] for f in folders]
+        rows = [qwen.model_config(p.folder)["text_config"]["vocab_size"] for p in processors]
         teaching.check_same_vocabulary(student.vocab, teacher.vocab, *rows)
         if (student.patch, student.merge) != (teacher.patch, teacher.merge):
             raise ValueError(f"student and teacher cut pictures into patches of {student.patch} "

@@ -35,6 +35,7 @@ Left out: activation offload, tensor and pipeline parallelism, quantised weights
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -315,107 +316,114 @@ class Plan:
 
 def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_777_216) -> Plan:
     """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
-    z = sizes(run, student, teacher or student, most)
-    peaks = {phase.__name__: phase(run, z) for phase in (evaluate, sample, teach, learn, update)}
-    host = {"pictures of the batch": z.prompts * max(z.pixels, z.handed)}
+    size = sizes(run, student, teacher or student, most)
+    peaks = {phase.__name__: phase(run, size) for phase in (evaluate, sample, teach, learn, update)}
+    host = {"pictures of the batch": size.prompts * max(size.pixels, size.handed)}
     if run.offload_optimizer:
-        host["optimizer"] = z.optimizer + z.exact_gradients
+        host["optimizer"] = size.optimizer + size.exact_gradients
     if run.offload_teacher and not run.shares():      # and its hidden states, until they are needed
-        host["teacher"] = z.teacher + z.responses * run.max_new_tokens * z.t.D * z.tb
+        host["teacher"] = size.teacher + size.responses * run.max_new_tokens * size.t.D * size.tb
     if run.device == "cpu":                           # one memory for all
-        rest = sum(host.values()) - host["pictures of the batch"] + z.prompts * z.handed
+        rest = sum(host.values()) - host["pictures of the batch"] + size.prompts * size.handed
         peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
-    parts = {"student's weights": z.weights, "teacher's weights": z.teacher,
-             "gradients": z.gradients, "optimizer": z.optimizer, "key/value cache": z.cache,
-             "activations kept": z.kept, "logits, loss, backward": z.graph - z.kept}
-    numbers = {"student": z.c.total, "of it vision": z.c.vision, "module": z.module,
-               **({"adapters": z.added - z.module} if z.lora else {}), "trained": z.trained,
-               "teacher": 0 if run.shares() else z.u.total}
+    parts = {"student's weights": size.weights, "teacher's weights": size.teacher,
+             "gradients": size.gradients, "optimizer": size.optimizer,
+             "key/value cache": size.cache, "activations kept": size.kept,
+             "logits, loss, backward": size.graph - size.kept}
+    numbers = {"student": size.numbers.total, "of it vision": size.numbers.vision,
+               "module": size.module,
+               **({"adapters": size.added - size.module} if size.lora else {}),
+               "trained": size.trained,
+               "teacher": 0 if run.shares() else size.teacher_numbers.total}
     return Plan(numbers, parts, peaks, host)
 
 
 def sizes(run: Run, student: dict, teacher: dict, most: int) -> SimpleNamespace:
     """What the phases add up: bytes on one GPU, and the numbers of prompts and tokens."""
     m, t, N, b = dimensions(student), dimensions(teacher), run.gpus, DTYPES[run.dtype]
-    z = SimpleNamespace(m=m, t=t, c=count(m), u=count(t), b=b, most=most)
-    z.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
-    z.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
-    z.responses = z.prompts * run.samples_per_prompt
-    z.patches, z.pixels, features = run.picture(m, most)
-    z.handed = features if run.reads_once() else z.pixels    # to the model, for a prompt's pictures
+    c, u = count(m), count(t)
+    size = SimpleNamespace(m=m, t=t, numbers=c, teacher_numbers=u, b=b, most=most)
+    size.tb = 4 if run.teacher == "ema" else b           # an average is kept in float32
+    size.prompts = -(-run.batch_size // N)               # of one GPU, as all that follows
+    size.responses = size.prompts * run.samples_per_prompt
+    size.patches, size.pixels, features = run.picture(m, most)
+    size.handed = features if run.reads_once() else size.pixels    # to the model, a prompt's
     # held all the time: weights in b bytes; masters and moments in float32
-    z.module = module_size(m, run.every)[1] if run.cue_recovery else 0
-    z.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
-    z.added = z.module + m.layers * z.lora
-    z.trained = z.added + {"all": z.c.total, "language": z.c.language}.get(run.train, 0)
-    z.weights = b * (z.c.total + z.added) / N
-    z.teacher = 0 if run.shares() else z.tb * z.u.total / N
-    z.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * z.trained / N
-    z.gradients, z.exact_gradients = b * z.trained / N, 4 * z.trained / N
-    z.resting_teacher = 0 if run.offload_teacher else z.teacher
-    z.always = z.weights + z.resting_teacher + (0 if run.offload_optimizer else z.optimizer)
+    size.module = module_size(m, run.every)[1] if run.cue_recovery else 0
+    size.lora = adapters(m, run.lora_rank) if run.train == "lora" else 0        # of one layer
+    size.added = size.module + m.layers * size.lora
+    size.trained = size.added + {"all": c.total, "language": c.language}.get(run.train, 0)
+    size.weights = b * (c.total + size.added) / N
+    size.teacher = 0 if run.shares() else size.tb * u.total / N
+    size.optimizer = (8 if b == 4 and not run.offload_optimizer else 12) * size.trained / N
+    size.gradients, size.exact_gradients = b * size.trained / N, 4 * size.trained / N
+    size.resting_teacher = 0 if run.offload_teacher else size.teacher
+    size.always = size.weights + size.resting_teacher
+    size.always += 0 if run.offload_optimizer else size.optimizer
     # a micro-batch: n tokens, in rows of `row`
-    z.row = run.max_prompt_tokens + run.max_new_tokens
-    z.n = min(max(run.micro_batch_tokens, z.row), z.responses * z.row)
-    z.rows = max(1, min(z.n // run.max_prompt_tokens, z.responses))
+    size.row = run.max_prompt_tokens + run.max_new_tokens
+    size.n = min(max(run.micro_batch_tokens, size.row), size.responses * size.row)
+    size.rows = max(1, min(size.n // run.max_prompt_tokens, size.responses))
     # gradients stay from micro-batch to micro-batch; of a single one they come as its graph goes
-    z.earlier = z.gradients if z.responses * z.row > z.n else 0
+    size.earlier = size.gradients if size.responses * size.row > size.n else 0
     # FSDP2 gathers a layer while the one before computes; the root's (embedding, head, module,
     # adapters) stay gathered. An offloaded teacher's head stays for the whole step
-    z.root, z.gathered = z.c.embedding + z.c.head + z.added, 0
+    size.root, size.gathered = c.embedding + c.head + size.added, 0
     if N > 1:
-        z.gathered = (b * z.root + z.tb * (z.u.embedding + z.u.head)
-                      + 2 * max(b * z.c.layer, z.tb * z.u.layer))
+        size.gathered = (b * size.root + size.tb * (u.embedding + u.head)
+                      + 2 * max(b * c.layer, size.tb * u.layer))
     elif run.offload_teacher and not run.shares():
-        z.gathered = z.tb * t.V * t.D
-    z.cache, z.sampling = sampling(run, m, b, z.prompts, most)
-    z.kept, z.graph = learning_with_loss(run, z)
-    return z
+        size.gathered = size.tb * t.V * t.D
+    size.cache, size.sampling = sampling(run, m, b, size.prompts, most)
+    size.kept, size.graph = learning_with_loss(run, size)
+    return size
 
 
-def evaluate(run: Run, z) -> float:
+def evaluate(run: Run, size) -> float:
     """Before the first step, without moments: the base answers, then the hinted teacher, unless it
     only scores. Each of several GPUs has the whole of the model that answers."""
     alone = replace(run, samples_per_prompt=1, train="all", sample_batch=min(64, run.sample_batch))
-    resting = z.always - (0 if run.offload_optimizer else 8 * z.trained / run.gpus)
+    resting = size.always - (0 if run.offload_optimizer else 8 * size.trained / run.gpus)
 
     def answering(m, b: int, numbers: int) -> float:
-        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, z.most)
+        _, generating = sampling(alone, m, b, GROUP * alone.sample_batch, size.most)
         return resting + generating + (b * numbers if run.gpus > 1 else 0)
 
-    base = answering(z.m, z.b, z.c.total + z.module)
+    base = answering(size.m, size.b, size.numbers.total + size.module)
     if run.score_privilege:
         return base
-    return max(base, answering(z.t, z.tb, z.u.total) + z.teacher - z.resting_teacher)
+    hinted = answering(size.t, size.tb, size.teacher_numbers.total)
+    return max(base, hinted + size.teacher - size.resting_teacher)
 
 
-def sample(run: Run, z) -> float:
+def sample(run: Run, size) -> float:
     """Each of several GPUs has the whole student."""
-    whole = z.b * (z.c.total + z.added) if run.gpus > 1 else 0
-    return z.always + whole + z.sampling
+    whole = size.b * (size.numbers.total + size.added) if run.gpus > 1 else 0
+    return size.always + whole + size.sampling
 
 
-def teach(run: Run, z) -> float:
+def teach(run: Run, size) -> float:
     """The teacher reads a micro-batch. Offloaded, it reads all before the first gradient."""
-    reading = z.n * layer_works(z.t, z.tb, z.row, run.attention, False)
+    reading = size.n * layer_works(size.t, size.tb, size.row, run.attention, False)
     if not run.reads_once():
-        block = block_works(z.t, z.tb, z.patches, run.attention)
-        reading = max(reading, z.rows * z.patches * (block + z.tb * z.t.pixels))
-    beside = z.teacher if run.offload_teacher else z.earlier
-    return z.always + z.gathered + reading + z.rows * z.handed + beside
+        block = block_works(size.t, size.tb, size.patches, run.attention)
+        reading = max(reading, size.rows * size.patches * (block + size.tb * size.t.pixels))
+    beside = size.teacher if run.offload_teacher else size.earlier
+    return size.always + size.gathered + reading + size.rows * size.handed + beside
 
 
-def learn(run: Run, z) -> float:
+def learn(run: Run, size) -> float:
     """Forward and backward of a micro-batch. Gradients of several GPUs add up in float32."""
-    largest = max(z.c.layer, z.added if run.frozen() else z.root)
-    adding = (z.b + 4) * largest if run.gpus > 1 else 0
-    return z.always + z.gathered + adding + z.earlier + z.graph + z.rows * z.handed
+    largest = max(size.numbers.layer, size.added if run.frozen() else size.root)
+    adding = (size.b + 4) * largest if run.gpus > 1 else 0
+    return (size.always + size.gathered + adding + size.earlier + size.graph
+            + size.rows * size.handed)
 
 
-def update(run: Run, z) -> float:
-    return z.always + (z.gradients if run.offload_optimizer else z.exact_gradients)
+def update(run: Run, size) -> float:
+    return size.always + (size.gradients if run.offload_optimizer else size.exact_gradients)
 
 
 def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float]:
@@ -437,12 +445,12 @@ def sampling(run: Run, m, b: int, prompts: int, most: int) -> tuple[float, float
     return cache, max(read * max(see, prefill), decode, cache + later * max(see, prefill))
 
 
-def learning_with_loss(run: Run, z) -> tuple[float, float]:
+def learning_with_loss(run: Run, size) -> tuple[float, float]:
     """(bytes kept for backward, the most that the student's forward and backward pass need)."""
-    b, m = z.b, z.m
-    kept, backward = learning(m, b, run, z.n, z.rows, z.patches, z.row)
+    b, m = size.b, size.m
+    kept, backward = learning(m, b, run, size.n, size.rows, size.patches, size.row)
     head = 0 if run.frozen() else m.V * m.D
-    chunk = min(CHUNK, z.rows * run.max_new_tokens)
+    chunk = min(CHUNK, size.rows * run.max_new_tokens)
     logits = m.V * (chunk * 2 * b + ROWS * 16)        # of both models; of a few rows in float32
     rounded = b if b < 4 else 0                       # a bf16 head has both, in both places
     # the head's gradient is made in float32 and rounded; backward then walks through the layers
@@ -452,59 +460,70 @@ def learning_with_loss(run: Run, z) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------- what makes it fit
 
-def changes(run: Run) -> list[tuple[str, dict]]:
-    """What saves memory without changing what is learnt, the cheapest in time first."""
-    out = [("--attention sdpa", {"attention": "sdpa"})] if run.attention == "eager" else []
-    size = run.sample_batch
-    while size > 1:
-        size //= 2
-        out.append((f"--sample-batch {size}", {"sample_batch": size}))
+def changes(run: Run) -> list[tuple]:
+    """(setting, value) that saves memory without changing what is learnt, the cheapest first."""
+    out = [("attention", "sdpa")] if run.attention == "eager" else []
+    rows, tokens = run.sample_batch, run.micro_batch_tokens
+    row = run.max_prompt_tokens + run.max_new_tokens
+    while rows > 1:
+        rows //= 2
+        out.append(("sample_batch", rows))
     if run.gpus > 1 and run.teacher not in ("self", "ema") and not run.score_privilege:
-        out.append(("--score-privilege", {"score_privilege": True}))
+        out.append(("score_privilege", True))
     if not run.gradient_checkpointing:
-        out.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
-    tokens = run.micro_batch_tokens
-    while tokens > run.max_prompt_tokens + run.max_new_tokens:
-        tokens = max(tokens // 2, run.max_prompt_tokens + run.max_new_tokens)
-        out.append((f"--micro-batch-tokens {tokens}", {"micro_batch_tokens": tokens}))
-    if run.gpus > 1:                                  # distill.py offloads for one process only
-        return out
-    if not run.offload_teacher and run.teacher != "ema":
-        out.append(("--offload-teacher", {"offload_teacher": True}))
-    if not run.offload_optimizer:
-        out.append(("--offload-optimizer", {"offload_optimizer": True}))
+        out.append(("gradient_checkpointing", True))
+    while tokens > row:
+        tokens = max(tokens // 2, row)
+        out.append(("micro_batch_tokens", tokens))
+    if run.gpus == 1:                                 # distill.py offloads for one process only
+        if not run.offload_teacher and run.teacher != "ema":
+            out.append(("offload_teacher", True))
+        if not run.offload_optimizer:
+            out.append(("offload_optimizer", True))
     return out
 
 
-def make_fit(run: Run, memory: float, *models) -> tuple[list[str], Plan, dict]:
-    """Flags that bring the peak below `memory` bytes, as few as found; the plan with them, which
-    says whether it fits; and the settings they change.
+def make_fit(run: Run, memory: float, *models) -> tuple[dict, Plan]:
+    """Settings that bring the peak below `memory` bytes, as few as found; and the plan with them,
+    which says whether it fits.
 
     Greedy: takes what lowers the peak until it fits, then gives back what was not needed.
     """
-    taken, best = {}, plan(run, *models)
-    options = changes(run)
-    progress = True
-    while best.peak > memory and progress:
-        progress = False
-        for flag, change in options:
-            now = plan(replace(run, **{**merge(taken), **change}), *models)
-            if now.peak < best.peak - 1e6:
-                key = flag.split()[0]
-                taken.pop(key, None)
-                taken[key], best, progress = (flag, change), now, True
-                if now.peak <= memory:
-                    break
-    for key in list(taken):
-        rest = {k: v for k, v in taken.items() if k != key}
-        now = plan(replace(run, **merge(rest)), *models)
+    taken, best, before = {}, plan(run, *models), math.inf
+    while memory < best.peak < before:
+        before = best.peak
+        for name, value in changes(run):
+            now = plan(replace(run, **{**taken, name: value}), *models)
+            if best.peak > memory and now.peak < best.peak - 1e6:
+                taken.pop(name, None)
+                taken[name], best = value, now
+    for name in list(taken):
+        rest = {k: v for k, v in taken.items() if k != name}
+        now = plan(replace(run, **rest), *models)
         if now.peak <= memory:
             taken, best = rest, now
-    return [flag for flag, _ in taken.values()], best, merge(taken)
+    return taken, best
 
 
-def merge(taken: dict) -> dict:
-    return {name: value for _, change in taken.values() for name, value in change.items()}
+def flags(settings: dict) -> list[str]:
+    """Settings as on the command line."""
+    out = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            out.append(f"--{flag} {shlex.quote(str(value))}")
+    return out
+
+
+def command(gpus: int, asked, config) -> str:
+    """The whole command line of a run: what differs from the defaults, or from what was asked."""
+    start = "python" if gpus == 1 else f"torchrun --nproc-per-node {gpus}"
+    said = {f.name: getattr(config, f.name) for f in fields(config)
+            if f.name not in ("plan", "gpu_memory", "gpus", "name")
+            and not getattr(config, f.name) == f.default == getattr(asked, f.name)}
+    return " ".join([start, "distill.py", *flags(said)])
 
 
 def read_models(config) -> tuple[tuple, str, str]:
@@ -519,8 +538,9 @@ def read_models(config) -> tuple[tuple, str, str]:
 def choose_sizes(config, memory: float) -> None:
     """Fill in sample_batch and micro_batch_tokens where they are 0: the most that `memory` GB hold.
 
-    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger teacher
-    on several GPUs only scores if no GPU has room for all of it. Without a memory to fit: Run's own.
+    Up to 90 % of it, 128 rows and 32,768 tokens, beyond which a GPU is busy anyway. A bigger
+    teacher on several GPUs only scores if no GPU has room for all of it. Without a memory to fit:
+    Run's own.
     """
     free = [name for name in ("sample_batch", "micro_batch_tokens") if not getattr(config, name)]
     run = from_settings(config)
@@ -586,22 +606,6 @@ def report(config) -> str:
     return "\n".join(lines)
 
 
-def command(gpus: int, config) -> str:
-    """The whole command line of a run: what differs from the defaults."""
-    words = ["python"] if gpus == 1 else ["torchrun", "--nproc-per-node", str(gpus)]
-    words.append("distill.py")
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        if value == setting.default or setting.name in ("plan", "gpu_memory", "gpus", "name"):
-            continue
-        flag = setting.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", shlex.quote(str(value))]
-    return " ".join(words)
-
-
 def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
     """Settings that fit; and in words whether the run fits, with a command whose flags make it fit.
 
@@ -611,18 +615,20 @@ def verdict(run: Run, made: Plan, memory: float, models, asked, sized) -> tuple:
     # sizes that are chosen here leave some room
     room = memory * GB * (1 if asked.sample_batch and asked.micro_batch_tokens else 0.9)
     if made.peak <= room:
-        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {command(run.gpus, sized)}"
-    flags, best, changed = make_fit(run, room, *models)
+        line = command(run.gpus, asked, sized)
+        return sized, f"fits in {size}: {made.peak / GB:.1f} GB\n  {line}"
+    changed, best = make_fit(run, room, *models)
+    tried = " ".join(flags(changed)) or "any flag"
     text = f"does not fit in {size}: {made.peak / GB:.1f} GB. "
     if best.peak <= room:
         sized = replace(asked, **changed)             # with these flags there may be room for more
         choose_sizes(sized, memory)
         best = plan(from_settings(sized), *models)
         host = ", ".join(f"{v / GB:.0f} GB of CPU memory for {k}" for k, v in best.host.items())
-        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {' '.join(flags)} ({host}):"
-                       f"\n  {command(run.gpus, sized)}")
+        return sized, (f"{text}It does, in {best.peak / GB:.1f} GB, with {tried} ({host}):"
+                       f"\n  {command(run.gpus, asked, sized)}")
     phase = max(best.peaks, key=best.peaks.get)
-    text += f"Nor with {' '.join(flags) or 'any flag'}: {best.peak / GB:.1f} GB, in \"{phase}\"."
+    text += f"Nor with {tried}: {best.peak / GB:.1f} GB, in \"{phase}\"."
     less = [train for train in ("language", "cue") if train != run.train and run.train != "cue"
             and make_fit(replace(run, train=train), room, *models)[1].peak <= room]
     return sized, text + (f" --train {' or --train '.join(less)} would." if less else

@@ -457,6 +457,14 @@ def test_pictures_may_not_lie_outside_the_source_folder(name, tmp_path):
         load("mathverse", folder, check_rows=False)
 
 
+@pytest.mark.parametrize("cell", ["[" + "9" * 400 + "+1j]", "[" * 9000, "[1 +", "{[]: 1}",
+                                  "[\x00]"])
+def test_a_hostile_literal_is_refused(cell):
+    """The first was found by changing bytes at random: an OverflowError ended the reading."""
+    with pytest.raises(ValueError, match="not a list literal"):
+        literal(cell)
+
+
 def test_links_of_the_owner_are_followed(tmp_path):
     """A snapshot of the hub is nothing but links into its cache; all of them "lay outside"."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"

@@ -30,6 +30,7 @@ import json, sys, time
 time.sleep = lambda seconds: None           # huggingface_hub waits between its tries
 sys.path.insert(0, sys.argv[1])
 import model
+from scale.checks import hub_advice
 
 def ask(label, call):
     try:
@@ -40,7 +41,10 @@ def ask(label, call):
     print(json.dumps([label, answer]), flush=True)
 
 def fetch(name, **more):
-    return lambda: model.find_folder("org/" + name, **more)
+    def call():
+        with hub_advice("org/" + name):
+            return model.find_folder("org/" + name, **more)
+    return call
 
 model.quiet()
 ask("small", fetch("plain", weights=False))

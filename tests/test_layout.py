@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import cue_recovery
 import model as qwen
-from scale import checkpoint
+from scale import checkpoint, checks
 from scale import plan
 
 INSTRUCT = [f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "8B", "32B")]
@@ -290,7 +290,7 @@ def test_an_adapter_alone_is_refused_by_name(tmp_path):
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(
         {"base_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct", "peft_type": "LORA"}))
     with pytest.raises(ValueError, match="lora holds an adapter only.*merge it into Qwen/Qwen3-VL"):
-        qwen.load(tmp_path / "lora")
+        checks.small_files(tmp_path / "lora")
 
 
 def quantised(folder, settings, where=None):
@@ -315,7 +315,7 @@ def test_quantised_weights_are_read_or_refused_in_one_line(tmp_path, settings, m
         pytest.skip(f"{missing} is installed here")
     folder = quantised(tmp_path / "small", settings, where)
     with pytest.raises(ValueError, match=f"small: the weights are quantised .*{reason}") as error:
-        qwen.Processor(folder)
+        checks.small_files(folder)
     assert "\n" not in str(error.value)
 
 

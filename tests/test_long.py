@@ -507,7 +507,8 @@ def test_one_question_is_answered(student, records, picture, tmp_path, capsys):
     records[1]["images"][0].save(tmp_path / "b.png")
     images, question = [records[0]["images"][0], records[1]["images"][0]], "Are they alike?"
     for count, hint in ((0, None), (1, None), (1, "a red circle"), (2, None)):
-        record = {"images": images[:count], "question": question}
+        record = {"images": images[:count], "question": question,
+                  "instruction": qwen.INSTRUCTION}       # --ask adds it, as training does
         got = sample(model, processor.batch([processor.prompt(record, hint)]), temperature=0,
                      max_new_tokens=24, **processor.sampling)
         argv = ["--model", str(student), "--ask", question, "--max-new-tokens", "24"]

@@ -254,7 +254,8 @@ def test_adapters_of_the_8b_fit_48_gb():
     the teacher in CPU memory."""
     for train, fits in (("lora", True), ("language", False)):
         run = plan.Run(train=train, max_pixels=1310720)
-        flags, made, _ = plan.make_fit(run, 48e9, B8)
+        changed, made = plan.make_fit(run, 48e9, B8)
+        flags = plan.flags(changed)
         assert made.peak < 48e9 and ("--offload" not in " ".join(flags)) == fits, flags
 
 
@@ -291,19 +292,19 @@ def test_the_memory_pages_table_is_the_plans():
 @pytest.mark.parametrize("train", ["language", "cue"])
 def test_the_2b_fits_24_gb(train):
     run = plan.Run(train=train, max_pixels=1310720)
-    flags, made, _ = plan.make_fit(run, 24e9, B2)
+    settings, made = plan.make_fit(run, 24e9, B2)
     assert made.peak <= 24e9 < plan.plan(run, B2).peak
     changed = distill.read_config(["--student", "Qwen/Qwen3-VL-2B-Instruct", "--train", train,
-                                   "--max-pixels", "1310720", *" ".join(flags).split()])[0]
+                                   "--max-pixels", "1310720", *" ".join(plan.flags(settings)).split()])[0]
     assert plan.plan(plan.from_settings(changed), B2).peak == made.peak      # real flags, enough
 
 
 def test_no_flag_is_given_that_is_not_needed():
     run = plan.Run(max_pixels=1310720)
-    flags, made, _ = plan.make_fit(run, 24e9, B2)
-    options = dict(plan.changes(run))
-    for left_out in flags:
-        rest = {k: v for flag in flags if flag != left_out for k, v in options[flag].items()}
+    changed, made = plan.make_fit(run, 24e9, B2)
+    assert len(changed) > 1
+    for left_out in changed:
+        rest = {k: v for k, v in changed.items() if k != left_out}
         assert plan.plan(plan.replace(run, **rest), B2).peak > 24e9, left_out
 
 
@@ -328,6 +329,16 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
     models = [plan.published(name) for name in (config.student, config.teacher)]
     assert plan.plan(plan.from_settings(config), *models).peak < 80e9
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_proposed_value_that_is_a_default_is_still_in_the_command():
+    """The tiny student's own defaults would else take its place: eager, in place of sdpa."""
+    asked = distill.read_config(["--seed", "3"])[0]
+    assert asked.attention == "eager" and ("attention", "sdpa") in plan.changes(
+        plan.from_settings(asked))
+    sized = dataclasses.replace(asked, attention="sdpa")
+    again = distill.read_config(shlex.split(plan.command(1, asked, sized))[2:])[0]
+    assert (again.attention, again.seed, again.steps) == ("sdpa", 3, asked.steps)
 
 
 def test_plan_reads_the_folder_of_a_checkpoint(capsys):
