@@ -1,12 +1,17 @@
-"""data/toy.py - a procedural toy world: pictures, questions, answers, cues and rationales.
+"""data/toy.py - two procedural worlds: pictures, questions, answers, cues and rationales.
 
-The idea.  A picture is a grid of 16-pixel cells, some of which hold a coloured shape, drawn a
-little out of place. Four kinds of question need what is seen, not what is guessed:
+The idea.  A picture is a grid of cells, some of which hold a coloured shape, drawn a little out of
+place. Eight kinds of question need what is seen, not what is guessed:
 
     count    How many red shapes are there?
     add      What do the row numbers of the red shapes add up to?
     locate   In which row is the blue circle?
     compare  Are there more red shapes or more blue shapes?
+  and, in the large world only,
+    sum      How many shapes are red or blue?
+    odd      Among the red shapes, exactly one kind appears only once. Which kind?
+    left     What colour is the shape directly to the left of the only blue circle?
+    most     Which colour is the most frequent in the top three rows?
 
 Every question comes with its answer, a worked solution, the cue (the visible facts that matter,
 never the answer) and the rationale (the reasoning that leads to the answer).
@@ -14,11 +19,14 @@ never the answer) and the rationale (the reasoning that leads to the answer).
 In:  a seed.  Out: records as data/records.py reads them, plus "objects": all that is in the
 picture, so that evaluate.py can check whether an answer's evidence is real (`grounded`).
 
-Use:  python data/toy.py --out data/toy        3,000 train and 512 test records with PNG files
+Use:  python data/toy.py             data/toy: 3,000 train and 512 test records with PNG files
+      python data/toy.py --large     data/toy-large, for a real model: 7,040 and 512
 `python distill.py` does this by itself when no --data is given.
 
 Train and test share no picture: the checksum of a picture's contents decides where it belongs.
-The world is kept easy on purpose: 9 to 12 cells, 3 shapes, 4 colours, no overlap.
+SMALL is kept easy on purpose: 9 to 12 cells, 3 shapes, 4 colours, no overlap. LARGE has 48 to 80
+cells and 20 to 40 things. Each cell is four visual tokens of Qwen3-VL, thin lines show the grid,
+and a question says all that a model must know to answer (where row 1 is, which words to use).
 """
 from __future__ import annotations
 
@@ -30,18 +38,59 @@ import re
 import shutil
 import tempfile
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-CELL = 16                                    # pixels: one visual token of the tiny model
-SIZES = ((3, 3), (3, 4), (4, 3))             # (rows, columns); more than one, so batches are ragged
 COLOURS = {"red": (214, 45, 45), "blue": (40, 90, 215), "green": (35, 150, 70),
            "yellow": (235, 190, 30)}
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("count", "add", "locate", "compare")
-PAPER = (246, 244, 238)
+HARDER = ("sum", "odd", "left", "most")
+PAPER, LINE = (246, 244, 238), (222, 219, 210)
+# corners of the shapes that are polygons, from the middle, for a radius of 1; y grows downward
+CORNERS = {"triangle": ((0, -1), (1, 1), (-1, 1)),
+           "diamond": ((0, -1), (0.8, 0), (0, 1), (-0.8, 0)),
+           "cross": ((-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35),
+                     (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35),
+                     (-0.35, -0.35)),
+           "star": ((0, -1), (0.26, -0.36), (0.95, -0.31), (0.43, 0.14), (0.59, 0.81), (0, 0.45),
+                    (-0.59, 0.81), (-0.43, 0.14), (-0.95, -0.31), (-0.26, -0.36))}
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What differs between the world of the tiny model and that of a real one."""
+    name: str
+    cell: int                                # pixels
+    sizes: tuple                             # (rows, columns); several, so that batches are ragged
+    things: tuple[int, int]                  # fewest and most in a picture
+    favourite: float                         # share of things in one colour, to have some to count
+    colours: dict = field(default_factory=lambda: COLOURS)
+    shapes: tuple = SHAPES
+    kinds: tuple = KINDS
+    notes: dict = field(default_factory=dict)   # kind -> what stands behind its questions
+    records: tuple[int, int] = (3000, 512)   # train and test
+    smooth: int = 4                          # drawn so many times too large, then shrunk by
+    shrink: Image.Resampling = Image.Resampling.LANCZOS     # (BOX is three times as fast)
+    lines: bool = False                      # between the cells
+
+
+CELL = 16                                    # pixels: one visual token of the tiny model
+SMALL = World("toy", CELL, ((3, 3), (3, 4), (4, 3)), (4, 6), 0.4)
+
+_MORE = COLOURS | {"purple": (125, 60, 175), "pink": (240, 135, 185), "black": (40, 40, 44)}
+_SHAPES = (*SHAPES, *(name for name in CORNERS if name not in SHAPES))
+_NAME_COLOUR = f" Answer with one of: {', '.join(_MORE)}."
+LARGE = World(
+    "toy-large", 64, ((6, 8), (6, 10), (7, 9), (8, 8), (8, 10)), (20, 40), 0.25, _MORE, _SHAPES,
+    KINDS + HARDER, records=(7040, 512),     # 55 steps of 128: an epoch of the paper's main run
+    notes={"add": " Row 1 is at the top.", "locate": " Row 1 is at the top.",
+           "compare": ' Answer with the colour, or "equal".', "left": _NAME_COLOUR,
+           "most": _NAME_COLOUR, "odd": f" Answer with one of: {', '.join(_SHAPES)}."},
+    smooth=2, shrink=Image.Resampling.BOX, lines=True)
 
 
 @dataclass(frozen=True, order=True)
@@ -61,6 +110,7 @@ class Scene:
     rows: int
     columns: int
     things: tuple[Thing, ...]                # in reading order
+    world: World = field(default=SMALL, repr=False)
 
     @property
     def split(self) -> str:
@@ -69,55 +119,68 @@ class Scene:
         return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
 
 
-def make_scene(rng: random.Random, split: str) -> Scene:
-    """4 to 6 things, half of them in one colour, so that questions have something to count."""
+def make_scene(rng: random.Random, split: str, world: World = SMALL) -> Scene:
+    """A few things, many of them in one colour, so that questions have something to count."""
     while True:
-        rows, columns = rng.choice(SIZES)
+        rows, columns = rng.choice(world.sizes)
         cells = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1)]
-        favourite = rng.choice(list(COLOURS))
+        colours = list(world.colours)
+        favourite = rng.choice(colours)
         things = []
-        for row, column in sorted(rng.sample(cells, rng.randint(4, 6))):
-            colour = favourite if rng.random() < 0.4 else rng.choice(list(COLOURS))
-            things.append(Thing(row, column, colour, rng.choice(SHAPES)))
-        scene = Scene(rows, columns, tuple(things))
+        for row, column in sorted(rng.sample(cells, rng.randint(*world.things))):
+            colour = favourite if rng.random() < world.favourite else rng.choice(colours)
+            things.append(Thing(row, column, colour, rng.choice(world.shapes)))
+        scene = Scene(rows, columns, tuple(things), world)
         if scene.split == split:
             return scene
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture. Drawn four times too large and shrunk, for smooth edges; each thing jittered."""
-    scale = 4
-    size = CELL * scale
+    """The picture. Drawn too large and shrunk, for smooth edges; each thing jittered."""
+    world = scene.world
+    size = world.cell * world.smooth
+    unit = size / CELL                       # one pixel of the small world
     image = Image.new("RGB", (scene.columns * size, scene.rows * size), PAPER)
     pen = ImageDraw.Draw(image)
+    if world.lines:
+        for n in range(1, max(scene.rows, scene.columns)):
+            pen.line((n * size, 0, n * size, image.height), LINE, world.smooth)
+            pen.line((0, n * size, image.width, n * size), LINE, world.smooth)
     for thing in scene.things:
-        radius = rng.uniform(4.8, 6.4) * scale
-        x = (thing.column - 0.5) * size + rng.uniform(-1.2, 1.2) * scale
-        y = (thing.row - 0.5) * size + rng.uniform(-1.2, 1.2) * scale
-        fill = tuple(max(0, min(255, c + rng.randint(-12, 12))) for c in COLOURS[thing.colour])
-        box = (x - radius, y - radius, x + radius, y + radius)
+        radius = rng.uniform(4.8, 6.4) * unit
+        x = (thing.column - 0.5) * size + rng.uniform(-1.2, 1.2) * unit
+        y = (thing.row - 0.5) * size + rng.uniform(-1.2, 1.2) * unit
+        fill = tuple(max(0, min(255, c + rng.randint(-12, 12)))
+                     for c in world.colours[thing.colour])
+        left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
         if thing.shape == "circle":
-            pen.ellipse(box, fill=fill)
+            pen.ellipse((left, top, right, bottom), fill=fill)
         elif thing.shape == "square":
-            left, top, right, bottom = box
-            pen.rectangle((left + scale, top + scale, right - scale, bottom - scale), fill=fill)
+            pen.rectangle((left + unit, top + unit, right - unit, bottom - unit), fill=fill)
         else:
-            pen.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=fill)
-    return image.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.LANCZOS)
+            pen.polygon([(x + dx * radius, y + dy * radius) for dx, dy in CORNERS[thing.shape]],
+                        fill=fill)
+    return image.resize((scene.columns * world.cell, scene.rows * world.cell), world.shrink)
 
 
 # ---------------------------------------------------------------------------- questions
 
 @dataclass(frozen=True)
 class Question:
-    """A question about `colours` (and a `shape`); relevant(things) are those it asks about."""
+    """A question about some `colours`, a `shape`, or all things in `rows`.
+
+    What it needs seen is `relevant(things)`.
+    """
     kind: str
     text: str
     colours: tuple[str, ...]
     shape: str | None = None
+    rows: tuple[int, ...] = ()
 
     def relevant(self, things) -> list[Thing]:
-        """The things the question is about, colour by colour, each in reading order."""
+        """The things the question is about, in reading order; if colours are asked, one by one."""
+        if self.rows:
+            return [t for t in things if t.row in self.rows]
         return [t for colour in self.colours for t in things
                 if t.colour == colour and self.shape in (None, t.shape)]
 
@@ -131,9 +194,18 @@ class Question:
             return (f"{sums} = {total}." if len(seen) > 1 else ""), str(total)
         if self.kind == "locate":
             return "", str(seen[0].row) if seen else "none"
-        first, second = (sum(t.colour == colour for t in seen) for colour in self.colours)
-        winner = "equal" if first == second else self.colours[first < second]
-        return f"{self.colours[0]} {first}, {self.colours[1]} {second}.", winner
+        if self.kind == "left":
+            here = next(t for t in seen if (t.colour, t.shape) == (*self.colours, self.shape))
+            left = next(t for t in seen if t.column == here.column - 1)
+            return f"To the left of {here} is {left}.", left.colour
+        counts = Counter(t.shape if self.kind == "odd" else t.colour for t in seen)
+        names = self.colours if self.kind in ("compare", "sum") else sorted(counts)
+        words = ", ".join(f"{name} {counts[name]}" for name in names) + "."
+        if self.kind == "sum":
+            return words, str(len(seen))
+        wanted = 1 if self.kind == "odd" else max(counts[name] for name in names)
+        found = [name for name in names if counts[name] == wanted]
+        return words, found[0] if len(found) == 1 else "equal"
 
     def solution(self, seen: list[Thing]) -> str:
         """The answer reasoned aloud, from evidence to \\boxed{}."""
@@ -144,24 +216,62 @@ class Question:
 
 def make_question(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
     """A question that the scene can answer, of a random kind."""
-    kind = kind or rng.choice(KINDS)
-    # The colour of a random thing, so colours that occur more often are asked about more often.
+    kind = kind or rng.choice(scene.world.kinds)
+    # Asking about a colour of some thing, not any colour, makes the common ones commoner.
     colour = rng.choice(scene.things).colour
+    note = scene.world.notes.get(kind, "")
     if kind == "count":
-        return Question(kind, f"How many {colour} shapes are there?", (colour,))
+        return Question(kind, f"How many {colour} shapes are there?{note}", (colour,))
     if kind == "add":
-        return Question(kind, f"What do the row numbers of the {colour} shapes add up to?",
+        return Question(kind, f"What do the row numbers of the {colour} shapes add up to?{note}",
                         (colour,))
-    if kind == "locate":
-        names = [(t.colour, t.shape) for t in scene.things]
-        unique = [name for name in names if names.count(name) == 1]
-        if not unique:
-            return make_question(scene, rng, "count")
-        colour, shape = rng.choice(unique)
-        return Question(kind, f"In which row is the {colour} {shape}?", (colour,), shape)
-    other = rng.choice([c for c in COLOURS if c != colour])
-    pair = (colour, other) if rng.random() < 0.5 else (other, colour)
-    return Question(kind, f"Are there more {pair[0]} shapes or more {pair[1]} shapes?", pair)
+    if kind in ("compare", "sum"):
+        other = rng.choice([c for c in scene.world.colours if c != colour])
+        pair = (colour, other) if rng.random() < 0.5 else (other, colour)
+        text = ("Are there more {} shapes or more {} shapes?" if kind == "compare" else
+                "How many shapes are {} or {}?")
+        return Question(kind, text.format(*pair) + note, pair)
+    fitting = {"locate": _locate, "left": _left, "odd": _odd, "most": _most}[kind](scene)
+    if not fitting:
+        return make_question(scene, rng, "count")
+    text, colours, shape, rows = rng.choice(fitting)
+    return Question(kind, text + note, colours, shape, rows)
+
+
+# Each: all questions of a kind that have one right answer, as (text, colours, shape, rows).
+
+def _unique(scene: Scene) -> list[Thing]:
+    names = Counter((t.colour, t.shape) for t in scene.things)
+    return [t for t in scene.things if names[t.colour, t.shape] == 1]
+
+
+def _locate(scene: Scene) -> list[tuple]:
+    return [(f"In which row is the {t.colour} {t.shape}?", (t.colour,), t.shape, ())
+            for t in _unique(scene)]
+
+
+def _left(scene: Scene) -> list[tuple]:
+    taken = {(t.row, t.column) for t in scene.things}
+    return [(f"What colour is the shape directly to the left of the only {t.colour} {t.shape}?",
+             (t.colour,), t.shape, (t.row,))
+            for t in _unique(scene) if (t.row, t.column - 1) in taken]
+
+
+def _odd(scene: Scene) -> list[tuple]:
+    counts = {c: Counter(t.shape for t in scene.things if t.colour == c).values()
+              for c in scene.world.colours}
+    return [(f"Among the {c} shapes, exactly one kind appears only once. Which kind?", (c,), None,
+             ()) for c, found in counts.items() if list(found).count(1) == 1 and len(found) > 1]
+
+
+def _most(scene: Scene) -> list[tuple]:
+    out = []
+    for n, word in enumerate(("two", "three", "four"), 2):
+        first, *rest = Counter(t.colour for t in scene.things if t.row <= n).most_common()
+        if not rest or first[1] > rest[0][1]:
+            out.append((f"Which colour is the most frequent in the top {word} rows?", (), None,
+                        tuple(range(1, n + 1))))
+    return out
 
 
 def listing(things) -> str:
@@ -175,22 +285,27 @@ def make_record(scene: Scene, question: Question, name: str, image: str) -> dict
         "id": name, "images": [image], "question": question.text, "answer": answer,
         "cue": f"The picture shows {listing(seen)}.",
         "rationale": f"{words or f'There are {len(seen)} to look at.'} So the answer is {answer}.",
-        "source": "toy", "kind": question.kind, "objects": list(map(str, scene.things)),
+        "source": scene.world.name, "kind": question.kind, "objects": list(map(str, scene.things)),
     }
 
 
-STATED = re.compile(rf"a (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}) at row \d+ column \d+")
+# real models also write "A red circle (row 1, column 2)"
+STATED = re.compile(rf"\ba ({'|'.join(LARGE.colours)}) ({'|'.join(LARGE.shapes)}) "
+                    r"(?:at |in |is in )?\(?row (\d+),? (?:and )?column (\d+)", re.I)
 
 
 def grounded(response: str, record: dict) -> bool:
     """Whether the response states evidence, and every object that it states is in the picture."""
     stated = STATED.findall(response)
-    return bool(stated) and all(thing in record["objects"] for thing in stated)
+    return bool(stated) and all(
+        str(Thing(int(row), int(column), colour.lower(), shape.lower())) in record["objects"]
+        for colour, shape, row, column in stated)
 
 
 # ---------------------------------------------------------------------------- writing
 
-def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bool = True) -> None:
+def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bool = True,
+          world: World = SMALL) -> None:
     """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when complete.
 
     replace=False keeps a folder that another process wrote meanwhile, since it may be in use.
@@ -204,10 +319,11 @@ def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bo
         (temporary / "images" / split).mkdir(parents=True)
         with open(temporary / f"{split}.jsonl", "w", encoding="utf-8") as out:
             for n in range(count):
-                scene = make_scene(rng, split)
+                scene = make_scene(rng, split, world)
                 image = f"images/{split}/{n}.png"
                 draw(scene, rng).save(temporary / image)
-                record = make_record(scene, make_question(scene, rng), f"toy-{split}-{n}", image)
+                record = make_record(scene, make_question(scene, rng),
+                                     f"{world.name}-{split}-{n}", image)
                 out.write(json.dumps(record) + "\n")
     temporary.chmod(0o755)                   # mkdtemp makes it private
     if replace:
@@ -220,24 +336,32 @@ def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bo
             raise
 
 
-def default() -> Path:
-    """The toy world of the default run, data/toy, drawn when it is first asked for."""
-    folder = Path(__file__).resolve().parent / "toy"
+def default(large: bool = False) -> Path:
+    """The world of a run without --data, drawn when it is first asked for: data/toy, for the tiny
+    model, or data/toy-large."""
+    world = LARGE if large else SMALL
+    folder = Path(__file__).resolve().parent / world.name
     if not (folder / "train.jsonl").exists():
-        print(f"drawing the toy world in {folder}")
-        write(folder, replace=False)
+        print(f"drawing the {'large ' if large else ''}toy world in {folder}", flush=True)
+        write(folder, *world.records, replace=False, world=world)
     return folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the toy world as records and PNG files.")
-    parser.add_argument("--out", default="data/toy", help="folder to write (replaced if it exists)")
-    parser.add_argument("--train", type=int, default=3000, help="training records")
-    parser.add_argument("--test", type=int, default=512, help="test records")
+    parser = argparse.ArgumentParser(description="Write a toy world as records and PNG files.")
+    parser.add_argument("--large", action="store_true", help="the world of a real model")
+    parser.add_argument("--out", help="folder to write, replaced if it exists (default: data/toy "
+                        "or data/toy-large)")
+    parser.add_argument("--train", type=int, help="training records (default: 3000, large 7040)")
+    parser.add_argument("--test", type=int, help="test records (default: 512)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.out, args.train, args.test, args.seed)
-    print(f"{args.train} train and {args.test} test records in {args.out}")
+    world = LARGE if args.large else SMALL
+    train, test = (default if typed is None else typed for typed, default in
+                   zip((args.train, args.test), world.records))
+    out = args.out or f"data/{world.name}"
+    write(out, train, test, args.seed, world=world)
+    print(f"{train} train and {test} test records in {out}")
 
 
 if __name__ == "__main__":

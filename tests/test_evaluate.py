@@ -1,6 +1,8 @@
 """evaluate.py and data/toy.py: counting, grounded answers, and the toy world's own promises."""
+import hashlib
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fabricate
 from benchmarks.scores import PAPER_COLUMNS
 import model as qwen
 from data import records as record_files, toy
+from data.leaks import audit
 
 
 def test_every_question_stays_in_the_denominator():
@@ -86,13 +89,66 @@ def test_command_line_with_a_hint(toy_folder, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- the toy world
 
-def scenes(split, count=300):
+ASKED = [(world, kind) for world in (toy.SMALL, toy.LARGE) for kind in world.kinds]
+NAMES = [f"{world.name}-{kind}" for world, kind in ASKED]
+both_worlds = pytest.mark.parametrize("world", (toy.SMALL, toy.LARGE), ids=lambda w: w.name)
+
+
+def scenes(split, count=300, world=toy.SMALL):
     rng = random.Random(1)
-    return [toy.make_scene(rng, split) for _ in range(count)]
+    return [toy.make_scene(rng, split, world) for _ in range(count)]
 
 
-def test_toy_train_and_test_share_no_picture():
-    assert not set(scenes("train", 3000)) & set(scenes("test", 1000))
+@both_worlds
+def test_toy_train_and_test_share_no_picture(world):
+    assert not set(scenes("train", 3000, world)) & set(scenes("test", 1000, world))
+
+
+def test_the_small_world_has_not_moved(tmp_path):
+    """Every result in the README is about its records: a change of it would be a new experiment."""
+    toy.write(tmp_path / "toy", train=60, test=20, seed=0)
+    text = "".join((tmp_path / "toy" / f"{split}.jsonl").read_text() for split in ("train", "test"))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "2c1312de52272966"
+
+
+def test_the_large_world_is_a_real_models(tmp_path):
+    """Whole visual tokens, enough to see, and no prompt near the paper's limit of 2,048 tokens."""
+    toy.write(tmp_path / "world", train=60, test=20, world=toy.LARGE)
+    train, test = (record_files.load(tmp_path / "world" / f"{split}.jsonl", ("cue", "rationale"))
+                   for split in ("train", "test"))
+    assert {r["kind"] for r in train} == set(toy.KINDS + toy.HARDER)
+    assert not {r["id"] for r in train} & {r["id"] for r in test}
+    assert len({Image.open(r["images"][0]).size for r in train}) > 1
+    for record in train + test:
+        width, height = Image.open(record["images"][0]).size
+        assert width % 32 == height % 32 == 0 and 150 <= width * height // 32**2 <= 320
+        assert 20 <= len(record["objects"]) <= 40
+        assert len((record["question"] + record["cue"]).split()) < 450
+
+
+def test_the_audit_flags_no_cue_of_the_large_world():
+    """Of 1,000 cues written by construction none was flagged when this test was written."""
+    rng = random.Random(7)
+    for scene in scenes("train", 200, toy.LARGE):
+        record = toy.make_record(scene, toy.make_question(scene, rng), "x", "x.png")
+        assert audit(record["cue"], record["answer"], record["question"]) == [], record
+
+
+@pytest.mark.parametrize("said, expected", [
+    ("I see A red star (row 1, column 2).", True), ("a red star is in row 1 and column 2", True),
+    ("There is a red star at row 1 column 2 and a red star at row 2 column 2.", False),
+    ("The red shapes are 1.", False)])
+def test_evidence_is_read_as_real_models_write_it(said, expected):
+    assert toy.grounded(said, {"objects": ["a red star at row 1 column 2"]}) is expected
+
+
+def test_each_world_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
+    drawn = []
+    monkeypatch.setattr(toy, "write", lambda folder, *more, **named: drawn.append(
+        (folder.name, *more, named["world"].name)))
+    assert toy.default() == tmp_path / "toy" and toy.default(large=True) == tmp_path / "toy-large"
+    assert drawn == [("toy", 3000, 512, "toy"), ("toy-large", 7040, 512, "toy-large")]
 
 
 def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
@@ -109,11 +165,11 @@ def test_toy_records_are_records(toy_folder):
     assert len(records) == 40 and len({Image.open(r["images"][0]).size for r in records}) > 1
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
-def test_toy_solution_gives_the_answer_and_the_cue_only_the_evidence(kind):
+@pytest.mark.parametrize("world, kind", ASKED, ids=NAMES)
+def test_toy_solution_gives_the_answer_and_the_cue_only_the_evidence(world, kind):
     """A cue that contained the answer, or evidence that is not there, would spoil comparisons."""
     rng = random.Random(2)
-    for scene in scenes("train"):
+    for scene in scenes("train", 300 if world is toy.SMALL else 100, world):
         question = toy.make_question(scene, rng, kind)
         record = toy.make_record(scene, question, "x", "x.png")
         solution = question.solution(question.relevant(scene.things))
@@ -124,36 +180,60 @@ def test_toy_solution_gives_the_answer_and_the_cue_only_the_evidence(kind):
         assert record["rationale"].endswith(f"the answer is {record['answer']}.")
 
 
-@pytest.mark.parametrize("kind", toy.KINDS)
-def test_toy_answers_equal_a_count_by_hand(kind):
-    rng = random.Random(3)
-    for scene in scenes("test", 100):
+@pytest.mark.parametrize("world, kind", ASKED, ids=NAMES)
+def test_toy_answers_equal_a_count_by_hand(world, kind):
+    """From the words of the question and the picture alone."""
+    rng, asked = random.Random(3), 0
+    for scene in scenes("test", 100, world):
         question = toy.make_question(scene, rng, kind)
-        words = question.text.rstrip("?").split()
+        asked += question.kind == kind
+        words = re.findall(r"\w+", re.split(r"\?|(?<=once)\.", question.text)[0])
         mine = [t for t in scene.things if t.colour in words and (
-            question.kind != "locate" or t.shape in words)]
+            question.kind not in ("locate", "left") or t.shape in words)]
         expected = {"count": lambda: str(len(mine)), "add": lambda: str(sum(t.row for t in mine)),
-                    "locate": lambda: str(mine[0].row),
-                    "compare": lambda: winner(mine, words)}[question.kind]()
-        assert toy.make_record(scene, question, "x", "x")["answer"] == expected
+                    "sum": lambda: str(len(mine)), "locate": lambda: str(mine[0].row),
+                    "compare": lambda: winner(mine, words), "odd": lambda: odd(mine),
+                    "left": lambda: left_of(*mine, scene), "most": lambda: most(scene, words),
+                    }[question.kind]()
+        assert toy.make_record(scene, question, "x", "x")["answer"] == expected, question
+    assert asked > 50, "most scenes must have a question of this kind"
 
 
 def winner(things, words):
-    named = [w for w in words if w in toy.COLOURS]
+    named = [w for w in words if w in toy.LARGE.colours]
     counts = [sum(t.colour == name for t in things) for name in named]
     return "equal" if counts[0] == counts[1] else named[counts.index(max(counts))]
 
 
-def test_toy_pictures_show_their_things():
+def odd(things):
+    single, = (t.shape for t in things if sum(t.shape == o.shape for o in things) == 1)
+    return single
+
+
+def left_of(thing, scene):
+    beside, = (t for t in scene.things if (t.row, t.column) == (thing.row, thing.column - 1))
+    return beside.colour
+
+
+def most(scene, words):
+    rows = {"two": 2, "three": 3, "four": 4}[words[words.index("rows") - 1]]
+    upper = [t.colour for t in scene.things if t.row <= rows]
+    first, second = sorted(map(upper.count, set(upper)))[:-3:-1]
+    assert first > second
+    return max(set(upper), key=upper.count)
+
+
+@both_worlds
+def test_toy_pictures_show_their_things(world):
     """The middle of a thing's cell has its colour, an empty cell has the paper's."""
-    rng = random.Random(4)
-    for scene in scenes("test", 30):
+    rng, cell = random.Random(4), world.cell
+    for scene in scenes("test", 30 if world is toy.SMALL else 10, world):
         picture = toy.draw(scene, rng)
-        assert picture.size == (scene.columns * toy.CELL, scene.rows * toy.CELL)
-        full = {(t.row, t.column): toy.COLOURS[t.colour] for t in scene.things}
+        assert picture.size == (scene.columns * cell, scene.rows * cell)
+        full = {(t.row, t.column): world.colours[t.colour] for t in scene.things}
         for row in range(1, scene.rows + 1):
             for column in range(1, scene.columns + 1):
-                got = picture.getpixel((int((column - .5) * toy.CELL), int((row - .5) * toy.CELL)))
+                got = picture.getpixel((int((column - .5) * cell), int((row - .5) * cell)))
                 want = full.get((row, column), toy.PAPER)
                 assert max(abs(a - b) for a, b in zip(got, want)) < 40, (scene, row, column)
 
