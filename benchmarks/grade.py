@@ -139,7 +139,7 @@ _COMMIT = re.compile(
     r"(?P<named>option|choice|letter)(?=\s)"
     r"|(?:\boption\s|选项)\s?(?=(?P<before>[^.\n]{1,80}?)\s?"
     r"(?:\bis\s(?:the\s)?(?:correct|right|best)\b|是?正确))", re.I | re.M)
-_LEAD = re.compile(r"(?:[\s*_:：$\"“`]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
+_LEAD = re.compile(r"(?:[\s*_:：$\"“`}]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
 # Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
 _END = re.compile(r"(?<!\b[A-J])[.?](?=[\s*\"”]|$)|。|(?<=[a-z][a-z])!|>>|\n|,?\s(?:because|since)\b")
 _SENTENCE = re.compile(r"(?<!\b[A-J])(?<=[.!?])[*_]{0,3}\s+|(?<=。)|\n+")
@@ -202,9 +202,9 @@ def _last_sentence(text, labels, number):
     sentences = _SENTENCE.split(text[-MAX_CHARS:])[-20:] if labels or number else ()
     for sentence in reversed(sentences):
         end = text.rfind(sentence) + len(sentence)
-        answer = _in_sentence(sentence, labels)
-        if answer is not None or re.search(r"\d", sentence) or _REFUSAL.search(sentence):
-            return "" if answer is None or _undone(text, end - len(sentence), end) else answer
+        answer = "" if _REFUSAL.search(sentence) else _in_sentence(sentence, labels)
+        if answer is not None or re.search(r"\d", sentence):
+            return "" if answer and _undone(text, end - len(sentence), end) else answer
     return None
 
 
@@ -225,10 +225,9 @@ def _in_sentence(sentence, labels=None):
             return _pick(f"({match[2]}){match[3]}", labels)
     ends = [match.end() for match in _IS.finditer(sentence[:MAX_CHARS])][-20:]
     numbers = [number for end in ends if (number := _leading_number(sentence[end:])) is not None]
-    values = [_value(number) for number in numbers]
-    if not all(_same(value, values[-1]) for value in values):
-        return ""
-    return labels and _option_with_value(numbers[-1], labels) or numbers[-1] if numbers else None
+    if not numbers or not all(_same(_value(number), _value(numbers[-1])) for number in numbers):
+        return "" if numbers else None
+    return _option_with_value(numbers[-1], labels) if labels else numbers[-1]
 
 
 def _leading_number(text):
@@ -244,9 +243,9 @@ def _leading_number(text):
             if re.match(r"(?:or|and|to|if|through)$|\d", after):
                 unclear = ""                    # "3 or 4"; but "3 1/2" is read with the next word
             elif not re.match(r"(?:times|plus|minus|x)$|[-+*/×÷^=<>≤≥(]", after):
-                with_unit = _value(" ".join(words[:k + 1]))
-                k += with_unit is not None and with_unit.unit in _UNITS.values()
-                return " ".join(words[:k]).strip(" *_`.,;:")
+                longer = None if value.unit else _value(" ".join(words[:k + 1]))
+                if not longer or longer.unit not in _UNITS.values():
+                    return " ".join(words[:k]).strip(" *_`.,;:")
     return unclear
 
 
@@ -326,8 +325,9 @@ def _pick(answer, labels, place="said"):
     "whole" response, where only `B`, `(B)` and `B. text` do; or a "line", where the text must be
     the option's own. "A rectangle has.." names nothing, ever.
     """
-    text = normalise(answer[:MAX_CHARS].replace(r"\boxed{", ""))
-    text = text[:-1] if text.count("}") > text.count("{") else text
+    text = answer[:MAX_CHARS].replace(r"\boxed{", "")
+    missing = text.count("{") - text.count("}")             # a box never closed, a \text{Answer: B}
+    text = normalise(text + "}" * missing if missing > 0 else text).rstrip("}" * (missing < 0))
     if place == "said":
         named = r"^(?:the )?(?:correct )?(?:answer|option|choice|letter)\b(?: is)?[\s:]*"
         text = re.sub(named, "", text, flags=re.I)
@@ -346,7 +346,8 @@ def _pick(answer, labels, place="said"):
     name, bracket, rest = match.groups()
     label, reads = spelled[name.casefold()], re.sub(r"^\s*[.:,;]?\s*(?:- )?", "", rest)
     own = _begins(reads, labels[label])
-    other = _option_with_text(reads, labels) or _option_with_value(reads, labels) or label
+    other = (_option_with_text(reads, labels)
+             or _option_with_value(reads.strip("()"), labels) or label)
     if not own and other != label or re.match(
             rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b| (?:if|when|unless)\b", rest):
         return ""                               # "B or C"; "B. 12 cm" where 12 cm is option C
