@@ -200,7 +200,9 @@ KINDS = {
     "A clause behind the commit: ', as the table shows'.": [
         ("So the answer is 1982, as the table shows.", "1982", None, True),
         ("The answer is 1982 with an income of $931,441.", "1982", None, True),
-        ("The answer is 5 or 6.", "5", None, False), ("The answer is not 5.", "5", None, False)],
+        ("The answer is 5 or 6.", "5", None, False), ("The answer is not 5.", "5", None, False),
+        ("The answer is 12 \\pi.", "12", None, False), ("The answer is 5 million.", "5", None, False),
+        ("The answer is 3 - 4.", "3", None, False), ("It is 2 \\sqrt { 3 }.", "2", None, False)],
     "Several boxes joined by 'and' are one answer.": [
         (r"\boxed{(2, 2)} \text{ and } \boxed{(6, 2)}", "(2, 2), (6, 2)", None, True),
         (r"$\boxed{2}$ and $\boxed{3}$", "2, 3", None, True), (r"\boxed{2} and \boxed{3}", "3", None, False)],

@@ -183,7 +183,7 @@ def test_the_table_of_rules():
 OFFICIAL_IS_WRONG = {
     **dict.fromkeys((f"idefics_9b_instruct/{n}" for n in (143, 150, 355, 364, 373, 635, 643, 768)),
                     "it begins with 'The answer is (X) text', label and text of the gold"),
-    "llama_adapter_v2/291": "its only sentence ends 'is the maximum in May '21', which is the gold",
+    "llama_adapter_v2/291": "its only sentence ends 'is the maximum in May '21', the gold",
 }
 
 
@@ -191,7 +191,7 @@ OFFICIAL_IS_WRONG = {
 def test_real_responses():
     """1,200 responses to MathVista. Before: 441 right ones missed, 9 others counted.
 
-    The rules were tuned on the 800 rows whose ids have the smallest crc32, and tried once on the rest.
+    The rules were tuned on the 800 rows whose ids have the smallest crc32.
     """
     missed, counted = [], []
     for row in responses():
@@ -212,7 +212,8 @@ def fuzz(count, seed):
     """The slowest grading of `count` hostile texts: (seconds, arguments). Raises if one does."""
     rng, slowest = random.Random(seed), (0, None)
     cases = [case for cases in KINDS.values() for case in cases]
-    texts = [text for case in cases for text in case[:2]] + [row["response"] for row in responses()]
+    texts = [text for case in cases for text in case[:2]]
+    texts += [row["response"] for row in responses()]
     for _ in range(count):
         prediction, gold = hostile(rng, texts), rng.choice(cases)[1]
         gold = gold if rng.random() < .6 else hostile(rng, texts)[:200]
