@@ -69,7 +69,8 @@ def extract(prediction, labels=None, number=False):
     >>> for name, find, why, example in RULES:
     ...     assert extract(example, {"A": "the sun", "B": "the moon"}) == ("B", name)
     """
-    text = re.sub(r"(?:</s>|<\|\w+\|>|\s)+$", "", prediction.rpartition("</think>")[2]).strip()
+    text = prediction.rpartition("</think>")[2].strip()
+    text = re.sub(r"(?:\s{0,9}(?:</s>|<\|\w{1,30}\|>)){1,9}$", "", text)     # the stop token
     if "<think>" in text:           # cut off while thinking: nothing in there is an answer yet
         return None, "unclosed think"
     if labels and not isinstance(labels, dict):
@@ -139,15 +140,15 @@ _COMMIT = re.compile(
     r"(?P<named>option|choice|letter)(?=\s)"
     r"|(?:\boption\s|选项)\s?(?=(?P<before>[^.\n]{1,80}?)\s?"
     r"(?:\bis\s(?:the\s)?(?:correct|right|best)\b|是?正确))", re.I | re.M)
-_LEAD = re.compile(r"(?:[\s*_:：$\"“`]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
+_LEAD = re.compile(r"(?:[\s*_:：$\"“`}]|>+\s|\\[\[(]|<<|(?:approximately|about|roughly)\s)*", re.I)
 # Where a commit's sentence ends. Not after the B of "B. 12 cm": the rest may contradict it.
-_END = re.compile(r"(?<!\b[A-J])[.?](?=[\s*\"”]|$)|。|(?<=[a-z][a-z])!|>>|\n|,?\s(?:because|since)\b")
+_END = re.compile(r"(?<!\b[A-J])[.?](?=[\s*\"”]|$)|。|(?<=[a-z]{2})!|>>|\n|,?\s(?:because|since)\b")
 _SENTENCE = re.compile(r"(?<!\b[A-J])(?<=[.!?])[*_]{0,3}\s+|(?<=。)|\n+")
 _REFUSAL = re.compile(
     r"\b(?:cannot|can't|can not|(?:unable|(?:im|not )possible) to)\s(?:be\s|definitively\s){0,2}"
-    r"(?:determin|answer|tell|say|know|identif|infer|conclude|decide)|\b(?:not enough|insufficient|"
-    r"not sufficient|not provide (?:enough|any|information)|don't know)\b", re.I)
-_BRANCH = re.compile(r"(?:^|[.\n。])\s*(?:(?:but|and|so)\s)?(?:(if|when|unless)|otherwise|else)\b", re.I)
+    r"(?:determin|answer|tell|say|know|identif|infer|conclude|decide)|\b(?:not (?:enough|sufficient)"
+    r"|insufficient|not provide (?:enough|any|information)|don't know)\b", re.I)
+_BRANCH = re.compile(r"(?:^|[.\n。])\s*(?:but\s)?(?:(if|when|unless)|otherwise|else)\b", re.I)
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|unlike|rather than|instead|or)\b|n't\b", re.I)
 
 
@@ -188,7 +189,7 @@ def _line(text, labels, number):
     if not labels:
         return None
     lines = [line for line in text.splitlines() if line.strip()][-100:] or [""]
-    listed = {line: label for line in lines if len(line) < 500 and line.strip("*_ ().") not in labels
+    listed = {line: label for line in lines if line.strip("*_().") not in labels
               and (label := _pick(line, labels, "line"))}
     if len(set(listed.values())) > 1:
         lines = [line for line in lines if line not in listed] or [""]
@@ -202,12 +203,16 @@ def _last_sentence(text, labels, number):
     sentences = _SENTENCE.split(text[-MAX_CHARS:])[-20:] if labels or number else ()
     for sentence in reversed(sentences):
         end = text.rfind(sentence) + len(sentence)
-        answer = _in_sentence(sentence, labels)
-        if answer is not None or re.search(r"\d", sentence) or _REFUSAL.search(sentence):
-            return "" if answer is None or _undone(text, end - len(sentence), end) else answer
+        answer = "" if _REFUSAL.search(sentence) else _in_sentence(sentence, labels)
+        if answer is not None or re.search(r"\d", sentence):
+            return "" if answer and _undone(text, end - len(sentence), end) else answer
     return None
 
 
+# Words that make another number of the one before them, and words that do not: 12 \pi is not 12.
+_SCALES = (r"and|or|not|than|more|less|times|plus|minus|dozen|hundred|thousand|half|halves"
+           r"|quarters?|thirds?|\w+[nfxhd]ths?|\w+illion|squared|cubed|sin|cos|tan|log|ln|pi|sqrt")
+_GOES_BY = re.compile(rf"(?!(?:{_SCALES})\b)[\"'(]?(?:[^\W\d_]{{2}}|a\b|[.,;!?–—)])", re.I)
 _IS = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|needs?|spends?|spent|costs?|total of)\b|[=≈])[\s*_`]{1,4}"
     r"(?:(?:equal to|about|approximately|around|roughly|only|exactly|a total of)\s)?(?=\S)", re.I)
@@ -216,8 +221,8 @@ _IS = re.compile(
 def _in_sentence(sentence, labels=None):
     """The number or option of which it says "is"; "" if it says so of two, None if of none."""
     names = "|".join(map(re.escape, labels or "\0"))
-    found = [*re.finditer(rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)(?=(.*))",
-                          sentence, re.S)]
+    label = rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)(?=(.*))"
+    found = [*re.finditer(label, sentence[-MAX_CHARS:], re.S)]
     if found and (len({match[2] for match in found}) > 1 or _NEGATION.search(sentence)):
         return ""
     for match in found:
@@ -225,10 +230,9 @@ def _in_sentence(sentence, labels=None):
             return _pick(f"({match[2]}){match[3]}", labels)
     ends = [match.end() for match in _IS.finditer(sentence[:MAX_CHARS])][-20:]
     numbers = [number for end in ends if (number := _leading_number(sentence[end:])) is not None]
-    values = [_value(number) for number in numbers]
-    if not all(_same(value, values[-1]) for value in values):
-        return ""
-    return labels and _option_with_value(numbers[-1], labels) or numbers[-1] if numbers else None
+    if not numbers or not all(_same(_value(number), _value(numbers[-1])) for number in numbers):
+        return "" if numbers else None
+    return _option_with_value(numbers[-1], labels) if labels else numbers[-1]
 
 
 def _leading_number(text):
@@ -237,16 +241,16 @@ def _leading_number(text):
     >>> [_leading_number(text) for text in ("16 m long", "3 or 4 of them", "4 + 4 apples")]
     ['16 m', '', '4 + 4']
     """
-    words, unclear = text[:200].split()[:8], None
+    words, unclear = text[:300].split()[:16], None
     for k in range(1, len(words) + 1):
         value, after = _value(" ".join(words[:k])), "".join(words[k:k + 1]).strip("*_`")
         if value and value.number is not None:
             if re.match(r"(?:or|and|to|if|through)$|\d", after):
                 unclear = ""                    # "3 or 4"; but "3 1/2" is read with the next word
-            elif not re.match(r"(?:times|plus|minus|x)$|[-+*/×÷^=<>≤≥(]", after):
-                with_unit = _value(" ".join(words[:k + 1]))
-                k += with_unit is not None and with_unit.unit in _UNITS.values()
-                return " ".join(words[:k]).strip(" *_`.,;:")
+            elif not after or _GOES_BY.match(after):
+                longer = None if value.unit else _value(" ".join(words[:k + 1]))
+                if not longer or longer.unit not in _UNITS.values():
+                    return " ".join(words[:k]).strip(" *_`.,;:")
     return unclear
 
 
@@ -255,10 +259,11 @@ def _mentioned(text, labels, number):
     words, said = {_words(labels[label]): label for label in labels or ()}, _words(text)
     hits = {word for word in words if word.strip() and word in said}
     hits = {word for word in hits if not any(word != hit and word in hit for hit in hits)}
-    if len(hits) != 1 or len(min(hits)) < 5 or len(sentences) > 5 or _REFUSAL.search(text) or any(
-            min(hits) in _words(sentence) and _NEGATION.search(sentence) for sentence in sentences):
+    if len(hits) != 1 or len(min(hits)) < 5 or len(sentences) > 5 or _REFUSAL.search(text):
         return None
-    return words[hits.pop()]
+    hit = hits.pop()
+    denied = any(hit in _words(line) and _NEGATION.search(line) for line in sentences)
+    return None if denied else words[hit]
 
 
 def _words(text):
@@ -276,7 +281,7 @@ RULES = (
     ("whole", _whole, "the response is nothing but an answer", "(b)"),
     ("line", _line, "the last line or the first is an option, and no list of all options",
      "The moon, for it is night."),
-    ("sentence", _last_sentence, 'the last sentence with a number or option says "is 16 m", "is (B)"',
+    ("sentence", _last_sentence, 'the last one with an answer in it says "is 16 m" or "is (B)"',
      "At noon it is (A). So at night it is (B). I hope this helps!"),
     ("mention", _mentioned, "a short response has the words of only one option, without not",
      "One sees the moon at night."),
@@ -326,8 +331,9 @@ def _pick(answer, labels, place="said"):
     "whole" response, where only `B`, `(B)` and `B. text` do; or a "line", where the text must be
     the option's own. "A rectangle has.." names nothing, ever.
     """
-    text = normalise(answer[:MAX_CHARS].replace(r"\boxed{", ""))
-    text = text[:-1] if text.count("}") > text.count("{") else text
+    text = answer[:MAX_CHARS].replace(r"\boxed{", "")
+    missing = text.count("{") - text.count("}")         # of a box never closed, \text{Answer: B}
+    text = normalise(text + "}" * missing if missing > 0 else text).rstrip("}" * (missing < 0))
     if place == "said":
         named = r"^(?:the )?(?:correct )?(?:answer|option|choice|letter)\b(?: is)?[\s:]*"
         text = re.sub(named, "", text, flags=re.I)
@@ -346,7 +352,8 @@ def _pick(answer, labels, place="said"):
     name, bracket, rest = match.groups()
     label, reads = spelled[name.casefold()], re.sub(r"^\s*[.:,;]?\s*(?:- )?", "", rest)
     own = _begins(reads, labels[label])
-    other = _option_with_text(reads, labels) or _option_with_value(reads, labels) or label
+    other = (_option_with_text(reads, labels)
+             or _option_with_value(reads.strip("()"), labels) or label)
     if not own and other != label or re.match(
             rf"\s*(?:[,;/&]|or\b|and\b)\s*[(\[]?(?:{names})\b| (?:if|when|unless)\b", rest):
         return ""                               # "B or C"; "B. 12 cm" where 12 cm is option C
@@ -373,8 +380,8 @@ _CHARACTERS = str.maketrans({
     **dict.fromkeys("\u200b\ufeff△", None), "÷": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]", "’": "'"})
 _REWRITE = [(re.compile(old), new) for old, new in (
     (r"\\\\(?=[A-Za-z])", r"\\"),                               # a command escaped twice
-    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|overline|mbox|rm|bm)\s*(?:\{([^{}]*)\}|(?![A-Za-z]))",
-     lambda m: f" {m[1] or ''} "),
+    (r"\\(?:text[a-z]*|math[a-z]+|operatorname|overline|mbox|rm|bm)\s*"
+     r"(?:\{([^{}]*)\}|(?![A-Za-z]))", lambda m: f" {m[1] or ''} "),
     (r"\\!|\{\s*\}", ""), (r"\{([A-Za-z])\}(?=\^)", r"\1"),     # {}^\circ, {a}^{2}
     (r"_\{\s*(\w+)\s*\}", r"_\1"), (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     # Some copies of Geometry3K are in capitals: 12 \PI, 2 \SQRT { 221 }.
@@ -404,8 +411,12 @@ def _collapse(text):
 
 def normalise(text):
     """One spelling per meaning, idempotent. Capital and small letters stay distinct."""
-    if len(text) > MAX_CHARS or text.isascii() and text.isalnum():
-        return _collapse(text)
+    bare = re.fullmatch(r"[A-Za-z\d](?:[A-Za-z\d ,-]*[A-Za-z\d])?", text, re.A)
+    return _collapse(text) if bare or len(text) > MAX_CHARS else _rewrite(text)
+
+
+@lru_cache(1024)
+def _rewrite(text):
     for _ in range(9):              # taking off one layer can uncover another: \text{\text{5}}
         before, text = text, re.sub("[⁰¹²³⁴-⁹⁺⁻]+|[₀-₉]+|[¼-¾⅐-⅞]", _unfold, text)
         text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
@@ -447,7 +458,7 @@ _GREEK = {"\\" + name for name in "alpha beta gamma delta theta lambda mu rho ph
 
 @lru_cache(256)
 def _parse(text):
-    """(tree, names): Python's own parser reads it, as names, + - * / **, sqrt and brackets only."""
+    """(tree, names): Python's own parser reads it, as names, + - * / **, sqrt and brackets."""
     names = {}
 
     def rename(match):
@@ -487,7 +498,7 @@ _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
 
 
 def _compute(node, values, depth=0):
-    """Exact Fractions while all is rational, floats after that, ArithmeticError where undefined."""
+    """A Fraction while all is rational, else a float; ArithmeticError where undefined."""
     if depth > 4 * MAX_DEPTH:
         raise Unreadable("too deep")
     if isinstance(node, ast.Name) and node.id in values:
@@ -566,8 +577,7 @@ _ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{?
 _UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
 # A noun that only names what is counted: 210 ways. "5 million" and "2 thirds" are other numbers.
 _NOUN = re.compile(
-    r"(?<=[\d})π°]) ?(?!(?:\w+ )*(?:and|or|not|than|more|less|times|dozen|hundred|thousand|half|\w+ths?"
-    r"|\w+illion|halves|quarters?|thirds?|squared|cubed)\b)(?:[A-Za-z]+ )?([A-Za-z]{3,}?)s?$")
+    rf"(?<=[\d}})π°]) ?(?!(?:\w+ )*(?:{_SCALES})\b)(?:[A-Za-z]+ )?([A-Za-z]{{3,}}?)s?$")
 # S_ABC, Area, S.A., |AB|, \tan θ, f(x) or (p, q, r), when "= value" follows.
 _NAME = re.compile(
     r"(?!\\(?:sqrt|frac)\b)(?:m?∠ ?)?([A-Za-zα-ω|\\][\w.| \\∠]{0,40}|\([a-z](?:, ?[a-z])+\))"
@@ -702,7 +712,8 @@ def _near(p, g, precision=None, tolerance=None):
     scales = [1]
     if p.unit != g.unit and "%" in (p.unit, g.unit):        # 28% may stand for 28 or for 0.28
         scales.append(Fraction(1, 100) if p.unit else 100)
-    return any(_close(p.number * s, g.number, p.body, g.body, precision, tolerance) for s in scales)
+    return any(_close(p.number * scale, g.number, p.body, g.body, precision, tolerance)
+               for scale in scales)
 
 
 def _close(a, b, said="", printed="", precision=None, tolerance=None):
@@ -840,7 +851,7 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
     if boxed_required and rule != "boxed":
         return Grade(False, None, rule, "no box")
     if answer is None and not wanted and _plain(prediction) == _plain(gold):
-        answer, rule = prediction.strip(), "whole"      # a gold longer than `extract` dares to take
+        answer, rule = prediction.strip(), "whole"      # a gold too long for `extract`
     if answer is None or not _plain(gold):
         return Grade(False, answer, rule, "no gold" if answer else "no answer")
     if wanted:

@@ -4,12 +4,18 @@ The table is section 3 of shared BENCHMARKS.md, each row a mistake that some pub
 its ids are that table's numbers. The rest are properties: reflexive, symmetric, idempotent,
 silent on junk, linear in time. Times are asserted only as a guard against a hang.
 """
+import doctest
 import random
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from benchmarks.grade import grade
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]   # to run the long fuzz as a script
+from benchmarks import grade as grading  # noqa: E402
+from benchmarks.grade import KINDS as KIND_NAMES, grade  # noqa: E402
+from grade_cases import KINDS, LENGTHS, hostile, responses  # noqa: E402
 
 LETTERS = {letter: "" for letter in "ABCDE"}
 POLYGENIC = {"A": "a karyotype", "B": "a pedigree", "C": "a haplotype", "D": "a locus",
@@ -152,3 +158,78 @@ def test_long_loops_end(text):
 
 def test_repeated_right_answer_counts():
     assert grade("The answer is \\boxed{460}. " * 8_000, "460").correct
+
+
+# ---- kinds of mistakes, real responses, hostile texts ------------------------------------------
+
+CASES = [(f"{n}-{k}", story, case) for n, (story, cases) in enumerate(KINDS.items())
+         for k, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("story, case", [row[1:] for row in CASES], ids=[row[0] for row in CASES])
+def test_kinds(story, case):
+    prediction, gold, options, right = case
+    verdict = grade(prediction, gold, options)
+    assert verdict.correct is right, f"{story}\n{case}\n{verdict}"
+
+
+def test_the_table_of_rules():
+    """Every rule has an example, and the example is decided by that rule and no earlier one."""
+    result = doctest.testmod(grading)
+    assert result.failed == 0 and result.attempted > 1
+
+
+# The official verdict (extraction by a language model) says wrong; the response says the gold.
+OFFICIAL_IS_WRONG = {
+    **dict.fromkeys((f"idefics_9b_instruct/{n}" for n in (143, 150, 355, 364, 373, 635, 643, 768)),
+                    "it begins with 'The answer is (X) text', label and text of the gold"),
+    "llama_adapter_v2/291": "its only sentence ends 'is the maximum in May '21', the gold",
+}
+
+
+@pytest.mark.skipif(not responses(), reason="the real responses are not at hand")
+def test_real_responses():
+    """1,200 responses to MathVista. Before: 441 right ones missed, 9 others counted.
+
+    The rules were tuned on the 800 rows whose ids have the smallest crc32.
+    """
+    missed, counted = [], []
+    for row in responses():
+        verdict = grade(row["response"], row["gold"], row["options"], kind=row["kind"],
+                        precision=row["precision"])
+        if verdict.correct != row["official"]:
+            (counted if verdict.correct else missed).append(row["id"])
+    assert len(missed) <= 441 / 3
+    assert set(counted) <= set(OFFICIAL_IS_WRONG)
+
+
+def test_hostile_texts():
+    """A short run of what `python tests/test_grade.py 1000000` does at length."""
+    fuzz(1500, seed=0)
+
+
+def fuzz(count, seed):
+    """The slowest grading of `count` hostile texts: (seconds, arguments). Raises if one does."""
+    rng, slowest = random.Random(seed), (0, None)
+    cases = [case for cases in KINDS.values() for case in cases]
+    texts = [text for case in cases for text in case[:2]]
+    texts += [row["response"] for row in responses()]
+    for _ in range(count):
+        prediction, gold = hostile(rng, texts), rng.choice(cases)[1]
+        gold = gold if rng.random() < .6 else hostile(rng, texts)[:200]
+        options = rng.choice((None, None, LENGTHS, ["s", "s*"], {"A": "", "B": "x"},
+                              [hostile(rng, texts)[:100] for _ in range(4)]))
+        more = {"kind": rng.choice(KIND_NAMES), "precision": rng.choice((None, 1, 2)),
+                "tolerance": rng.choice((None, .001))}
+        start = time.perf_counter()
+        try:
+            grade(prediction, gold, options, **more)
+        except Exception as error:
+            raise AssertionError(f"raises: {(prediction, gold, options, more)!r}") from error
+        slowest = max(slowest, (time.perf_counter() - start, (prediction, gold, options, more)),
+                      key=lambda pair: pair[0])
+    return slowest
+
+
+if __name__ == "__main__":
+    print(fuzz(int(sys.argv[1]), seed=int(sys.argv[2])))
