@@ -54,7 +54,7 @@ _TERM = (r"(?=[\w\\])\d*(?:\.\d+)?(?:\\sqrt\{\d+\}|\\frac\{[\da-z]+\}\{[\da-z]+\
 _EXPRESSION = re.compile(rf"-?{_TERM}(?:[-+*/]{_TERM})*")
 
 EMPTY = "empty fact left out of the cue"
-MENDED = "misspelt or unbalanced fact mended"
+MENDED = "misspelt, unbalanced or shortened fact mended"
 KIND = "fact of a rare kind left out of the cue"
 PLACE = "fact about points that no letter or place tells apart left out of the cue"
 GARBLED = "expression beside a garbled one left out of the cue"
@@ -171,7 +171,12 @@ def parse(fact):
     for wrong, right in MISSPELT.items():
         mended |= f"{wrong}(" in text
         text = text.replace(f"{wrong}(", f"{right}(")
-    return (_nested(text), mended) if text.endswith(")") else (None, False)
+    fact = _nested(text)
+    if not isinstance(fact, tuple):
+        return None, False
+    if fact[0] == "Equals" and all(part[0] == "Line" for part in fact[1:]):     # of lengths
+        return ("Equals", *(("LengthOf", part) for part in fact[1:])), True
+    return fact, mended
 
 
 def _nested(text):
@@ -206,8 +211,7 @@ def letters_in(question, facts):
     ['A', 'B']
     """
     # "A" before a small word is the article, and a word that begins with a capital is no letter.
-    words = re.findall(r"(?<![A-Za-z])[A-Z]+(?![A-Za-z])(?! [a-z])|(?<![A-Za-z])[B-Z]+(?![A-Za-z])",
-                       question)
+    words = re.findall(r"(?<![A-Za-z])(?!A [a-z])[A-Z]+(?![A-Za-z])", question)
     return set("".join(words)) & set(re.findall(r"(?<=[(,])[A-Z](?=[,)])",
                                                 " ".join(facts).replace(" ", "")))
 
