@@ -207,7 +207,7 @@ def expression(text):
 def letters_in(question, facts):
     """The capitals that `question` prints and its own facts take for points (rule 1).
 
-    >>> sorted(letters_in("In A B C, A square is cut. Find m \\angle A.", ["Angle(A)", "Line(E,B)"]))
+    >>> sorted(letters_in("In A B C, A square is cut. Find \\angle A.", ["Angle(A)", "Line(E,B)"]))
     ['A', 'B']
     """
     # "A" before a small word is the article, and a word that begins with a capital is no letter.

@@ -240,21 +240,25 @@ def download(name):
     page = f"https://huggingface.co/datasets/{name}"
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
-    except errors.GatedRepoError:           # before its parent class, RepositoryNotFoundError
-        raise ValueError(f"hub:{name} is gated: accept its terms at {page}, then run "
-                         f"`hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(f"hub:{name} is not there, or is private: check the name at {page}; "
-                         f"if it is private, run `hf auth login`") from None
     except errors.HFValidationError as error:
         raise ValueError(f"hub:{name} is no OWNER/NAME of the hub ({error})") from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no")
-        advice = {401: "run `hf auth login`", 403: f"your token may not read it: see {page}",
-                  404: "a file is gone: check the name", 429: "too many requests: wait"}
-        raise ValueError(f"hub:{name}: status {status}; "
-                         f"{advice.get(status, 'try again later, it goes on')}") from None
-    except Exception as error:              # each of its HTTP libraries has its own kinds
-        raise ValueError(f"hub:{name}: the hub cannot be reached ({type(error).__name__}): check "
-                         f"the connection and run it again, it goes on; or download {page} "
-                         f"elsewhere and name the folder") from error
+    except Exception as failure:            # each of its HTTP libraries has its own kinds
+        # "Not in the cache" is what it says last; why it looked there, its cause, is what counts.
+        local = isinstance(failure, errors.LocalEntryNotFoundError)
+        error = failure.__cause__ if local and failure.__cause__ else failure
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):        # before RepositoryNotFound, its parent
+        advice = f"is gated: accept its terms at {page}, then run `hf auth login`"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        advice = (f"is not there, or is private: check the name at {page}; if it is private, run "
+                  f"`hf auth login`")
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        advice = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
+    elif status in (401, 403):
+        advice = f"status {status}: your token may not read it; see {page}, run `hf auth login`"
+    elif status:
+        advice = f"status {status}; try again later, what is there already is kept"
+    else:
+        advice = (f"the hub cannot be reached ({type(error).__name__}): check the connection and "
+                  f"run it again, it goes on; or get {page} elsewhere and name the folder")
+    raise ValueError(f"hub:{name} {advice}") from error

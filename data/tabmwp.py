@@ -58,8 +58,9 @@ def rows(path, tables):
             continue
         # The official prompt names the unit, too: the gold is the number alone, and the grader
         # cannot know that "15 per square mile" is meant.
-        unit = (f" (Unit: {problem['unit']}. Give the number alone.)" if problem.get("unit") else "")
-        row = {"id": f"tabmwp-{key}", "question": problem["question"].strip() + unit,
+        unit = problem.get("unit")
+        row = {"id": f"tabmwp-{key}", "question": problem["question"].strip() + (
+                   f" (Unit: {unit}. Give the number alone.)" if unit else ""),
                "answer": problem["answer"], "images": f"{key}.png",
                "options": problem.get("choices"), "rationale": problem["solution"],
                "cue": cue(problem.get("table_title"), problem["table"])}

@@ -668,7 +668,8 @@ def test_latex_with_one_backslash_in_json_is_mended(tmp_path, capsys):
 @pytest.mark.parametrize("answer", [r"\foo{1}", r"1\b", r"\bat"])
 def test_control_characters_of_no_known_command_are_refused(tmp_path, answer):
     path = tmp_path / "in.jsonl"
-    path.write_text('{"question": "q?", "answer": "1"}\n{"question": "q?", "answer": "%s"}' % answer)
+    path.write_text('{"question": "q?", "answer": "1"}\n'
+                    '{"question": "q?", "answer": "%s"}' % answer)
     message = fails("jsonl", "--source", path, "--images-field", "", "--out", tmp_path / "out")
     assert f"{path}:2: answer: a control character" in message and "two backslashes" in message
 
