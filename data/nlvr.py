@@ -1,4 +1,4 @@
-"""NLVR as it is published: sentences about three boxes of shapes, and a cue from how they were drawn.
+"""NLVR as it is published: sentences about three boxes of shapes, with a cue from the drawing list.
 
 Idea. Cornell NLVR v1.0 (Suhr et al. 2017, CC BY 4.0) draws its pictures from a list of things, and
 publishes the list: shape, colour, size and place of each. Put into words, it is a cue that nobody
@@ -15,10 +15,14 @@ The one rule. The file does not say which order is which K, so the cue says only
 all six: "One box .. Another box .. The third box ..". Nothing is lost: a sentence of NLVR is true
 or false whatever the order is.
 
-    >>> print(cue([[thing("circle", "Yellow", 0, 45, 10)], [], [thing("square", "Black", 40, 80, 20),
-    ...            thing("square", "#0099ff", 40, 59, 20)]]))
-    One box holds a small yellow circle at the left (touching the left edge). Another box is empty. \
-The third box holds a tower of two squares, from the bottom up black and blue.
+    >>> circle, block = thing("circle", "Yellow", 0, 45, 10), thing("square", "Black", 40, 80, 20)
+    >>> for sentence in cue([[circle], [block, circle], []]).split(". "): print(sentence)
+    One box holds a small yellow circle at the left (touching the left edge)
+    Another box holds a medium black square at the bottom (touching the bottom edge) and a small \
+yellow circle at the left (touching the left edge)
+    The third box is empty.
+    >>> print(cue([[block, thing("square", "#0099ff", 40, 59, 20)], [block], [block]])[:72])
+    One box holds a tower of two squares, from the bottom up black and blue.
 
 Run. python data/prepare.py nlvr --source DIR --out data/nlvr      Copy: with sources.py.
 

@@ -62,6 +62,7 @@ def check_replaceable(path, source):
 
 def write_atomic(path, content):
     """Write bytes under a temporary name beside `path`, then rename: all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)      # records without pictures: nobody made it
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -78,7 +79,6 @@ def place(target, content, origin):
             raise ValueError(f"{target} exists and differs from {origin}: "
                              f"choose a new --out, or delete the old folder first")
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, content)
 
 

@@ -16,6 +16,8 @@ geometry3k (hiyouga/geometry3k) and vision-r1 (Osilly/Vision-R1-rl), as download
         and in newer copies of Geometry3K   id, choices, ground_truth
     DIR/train.jsonl, or train.json with a list, and the pictures at the paths that they name:
         {"images": ["images/0.png"], "problem": "<image>Find x.", "answer": "3"}
+geometry3k also in its own layout, nlvr, tabmwp: see geometry3k.py, nlvr.py, tabmwp.py beside this
+file. They bring a cue with every row, made of what the pictures were drawn or annotated with.
 jsonl: one file of anybody's, with the same kind of rows; flags say what its fields are called.
 Out. OUT/train.jsonl               {"id": "easy-vqa-train-0", "images": ["images/train/0.png"],
                                     "question": "what is the blue shape?", "answer": "rectangle",
@@ -34,6 +36,8 @@ Run.
     pip install pyarrow; python data/prepare.py geometry3k --source DIR --out data/geometry3k
     python data/prepare.py vision-r1 --source DIR --out data/vision_r1 --model Qwen3-VL-FOLDER
     python data/prepare.py jsonl --source my.jsonl --question-field q --out data/mine
+    python data/prepare.py nlvr --source DIR --out data/nlvr          tabmwp alike
+    python data/prepare.py geometry3k --source hub:OWNER/NAME --out data/geometry3k      downloads
     python data/prepare.py contamination --data data/vision_r1/train.jsonl --against FILE [FILE ..]
 A second run keeps the pictures that are there and replaces the JSONL files, which are written
 last and under a temporary name: a run that was killed leaves no half file that looks whole.
@@ -43,18 +47,21 @@ What becomes of a doubtful row (easy-vqa is generated, so there nearly all of it
    many as the pictures, a path out of the folder, a shard that is missing. The copy is damaged.
 2) Left out and counted: blank text, a picture that cannot be decoded or is over 200 times as long
    as wide. It is the published row that is damaged, and nobody here can mend it.
-3) Left out of train alone: repeats, and one question about the same pictures with two answers.
-   Validation and test keep them, since a score is out of all rows.
-4) Kept as it is: which of Geometry3K's choices is right. The question does not show the choices,
-   so no `options` are written; an answer that is not the choice it should be is counted.
+3) Left out of train alone: repeats, one question about the same pictures with two answers, and
+   what has no cue in a set that brings cues. Validation and test keep them: a score is out of all.
+4) Kept as it is: which of the choices in Geometry3K's parquet is right. There the question does
+   not show them, so no `options` are written; an answer that is not its choice is counted.
+5) Mended and counted: LaTeX that lost its backslash to JSON (tidy.py); what is beyond mending is
+   an error. An <image> mark in an option is one too, since nobody could see that picture there.
 
-Left out, on purpose. No download (pip does that). No re-encoding, resizing or rewording: what
+Left out, on purpose. No download but from the hub. No re-encoding, resizing or rewording: what
 tidy.py does to answers is counted, questions lose <image> and outer blanks. No deleting: pictures
 of an earlier, larger run stay, because a cue file beside the records may still name them. No
 shuffling: the head of a file is not a fair sample of it; --limit is.
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -70,16 +77,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import contamination, sources  # noqa: E402
+from data import geometry3k as geometry  # noqa: E402
+from data import nlvr as boxes  # noqa: E402
+from data import tabmwp as tables  # noqa: E402
 from data.output import (check_replaceable, even_sample, place, report,  # noqa: E402
                          write_jsonl)
-from data.tidy import take_placeholders, tidy_answer  # noqa: E402
+from data.tidy import ESCAPED, mend_escapes, take_placeholders, tidy_answer  # noqa: E402
 
 SPLITS = ("train", "validation", "test")
 EASY_VQA_SPLITS = ("train", "test")
 HUB = {"question": "problem", "answer": "answer", "images": "images"}      # Hugging Face's columns
+# What the rows of nlvr.py, tabmwp.py and geometry3k.py are called: as in a record. "notes" are
+# texts that say what was mended or left out; they are counted and not written.
+OWN = {key: key for key in ("id", "question", "answer", "images", "options", "cue", "rationale",
+                            "notes")}
 # Rows of each split by the data card: another number is worth a word, not an error. Nobody has
 # published Vision-R1's.
-CARD = {"geometry3k": {"train": 2101, "validation": 300, "test": 601}}
+CARD = {"geometry3k": {"train": 2101, "validation": 300, "test": 601},
+        "nlvr": {"train": 74460, "validation": 5934, "test": 5940},
+        "tabmwp": {"train": 23059, "validation": 7686, "test": 7686}}
 GET_EASY_VQA = "get the data set with `pip install easy-vqa`, or name its folder with --source"
 
 
@@ -224,25 +240,35 @@ def find_splits(source, split=None):
     return splits, [path for path in paths if path not in matches]
 
 
-def cell_text(row, column, where):
-    """The text in a cell, a number as Python writes it, "" for null and NaN. Else ValueError."""
+def cell_text(row, column, where, changes=None):
+    """The text in a cell, a number as Python writes it, "" for null and NaN. Else ValueError.
+
+    `changes`, a list, learns of backslashes that were put back.
+    """
     if column not in row:
         raise ValueError(f"{where}: no field {column!r}, the row has {', '.join(map(repr, row))}")
     value = row[column]
     if not isinstance(value, (str, int, float, type(None))) or isinstance(value, bool):
         raise ValueError(f"{where}: {column} is {str(value)[:60]!r}, neither a text nor a number")
-    return "" if value is None or value != value else str(value).strip()
+    text, mended = mend_escapes("" if value is None or value != value else str(value),
+                                f"{where}: {column}")
+    if mended and changes is not None:
+        changes.append(ESCAPED)
+    return text.strip()
 
 
 def to_record(row, where, columns, folders, marks, split, out):
     """Return the record of one row, less its source; None for a row left out and counted."""
-    question, answer = (cell_text(row, columns[name], where) for name in ("question", "answer"))
+    mended = []
+    question, answer = (cell_text(row, columns[name], where, mended)
+                        for name in ("question", "answer"))
     if columns["images"] and columns["images"] not in row:
         raise ValueError(f"{where}: no field {columns['images']!r} for the pictures, the row has "
                          f"{', '.join(map(repr, row))}")
     found = sources.contents(row.get(columns["images"]), folders, where)
     question, inside = take_placeholders(question, len(found), where, required=marks)
     answer, changes = tidy_answer(answer)
+    changes = mended + changes + list(row.get(columns.get("notes")) or ())
     if not question or not answer:
         return out.count(out.dropped, "blank question or answer", where)
     images = []
@@ -261,7 +287,8 @@ def to_record(row, where, columns, folders, marks, split, out):
     if "id" in columns:
         record["id"] = cell_text(row, columns["id"], where)
     for name in ("cue", "rationale"):
-        if columns.get(name) in row and (text := cell_text(row, columns[name], where)):
+        if columns.get(name) in row and (
+                text := cell_text(row, columns[name], where, changes)):
             record[name] = text
     if row.get(columns.get("options")):
         changes += add_options(record, row[columns["options"]], where)
@@ -280,7 +307,12 @@ def add_options(record, options, where):
         options = dict(zip(string.ascii_uppercase, options))
     if not isinstance(options, dict) or not all(isinstance(o, str) for o in options.values()):
         raise ValueError(f"{where}: options {str(options)[:60]!r} are no list or object of texts")
-    record["options"], changes = options, []
+    changes = [ESCAPED] * any(mend_escapes(o, where)[1] for o in options.values())
+    options = {label: mend_escapes(text, where)[0] for label, text in options.items()}
+    if any("<image" in text for text in options.values()):
+        raise ValueError(f"{where}: an option holds an <image> mark: {str(options)[:80]!r}; "
+                         f"the prompt puts pictures before the question only")
+    record["options"] = options
     # The prompt shows the question alone, so what is not written there nobody sees. With its
     # label, since the option 1 would be found in "an angle of 120 degrees".
     if not all(re.search(rf"\b{re.escape(label)}\s*[).:]\s*{re.escape(text.strip())}",
@@ -303,12 +335,17 @@ def misses_choice(row, answer):
 def collect(rows, name, split, columns, folders, marks=True):
     """Turn (where, row) pairs into a Split; the header says what becomes of a doubtful row.
 
+    A row may be a text, the reason why it is left out.
+
     columns: field of the record -> column of the row. question, answer and images ("": there are
     none) must be there, and id if it is named; options, cue and rationale may be.
     marks: each picture needs its <image>. Raises ValueError or FileNotFoundError with the place.
     """
     out, first_seen = Split(), {}
     for number, (where, row) in enumerate(tqdm(rows, desc=f"{split} rows", disable=None)):
+        if isinstance(row, str):                # a converter says why there is no row here
+            out.count(out.dropped, row, where)
+            continue
         record = to_record(row, where, columns, folders, marks, split, out)
         if record is not None:
             record = {"id": f"{name}-{split}-{number}", **record, "source": name}
@@ -338,6 +375,15 @@ def leave_out_repeats(out):
             seen.add(asked)
             kept.append(record)
     out.records = kept
+
+
+def leave_out_cueless(out):
+    """Keep what has a cue: `distill.py --privilege cue` refuses a file with one record that has
+    none."""
+    for record in out.records:
+        if "cue" not in record:
+            out.count(out.dropped, "no cue", record["id"])
+    out.records = [record for record in out.records if "cue" in record]
 
 
 def save(splits, out, name, limit, model):
@@ -393,22 +439,77 @@ def easy_vqa(source, out, limit, model=None):
         report(out / f"{split}.jsonl", records, sizes[split], dropped, model=model)
 
 
-def hub(name, source, out, limit, model, only):
-    """Convert a data set in Geometry3K's columns from `source`; each split into its own file."""
+def nlvr(source, out, limit=None, model=None):
+    """Convert NLVR. A record a picture: an example has six, alike but for the boxes' order."""
+    splits = {split: collect(boxes.rows(path, images), "nlvr", split, OWN, [images], marks=False)
+              for split, (path, images) in boxes.find(source).items()}
+    save(splits, out, "nlvr", limit, model)
+
+
+def tabmwp(source, out, limit=None, model=None):
+    """Convert TabMWP; its licence, CC BY-NC-SA, is that of the records too."""
+    splits = {split: collect(tables.rows(path, images), "tabmwp", split, OWN, [images],
+                             marks=False)
+              for split, (path, images) in tables.find(source).items()}
+    save(splits, out, "tabmwp", limit, model)
+
+
+def hub(name, source, out, limit, model, only, annotate=None):
+    """Convert a data set in Geometry3K's columns from `source`; each split into its own file.
+
+    annotate: (where, row) pairs -> the same with a cue and notes in the rows; None: no cues.
+    """
     files, others = find_splits(source, only)
     splits = {}
     for split, paths in files.items():
         rows = itertools.chain.from_iterable(map(sources.rows, paths))
-        splits[split] = collect(rows, name, split, HUB, [paths[0].parent])
+        columns = HUB | ({"cue": "cue", "notes": "notes"} if annotate else {})
+        splits[split] = collect(annotate(rows) if annotate else rows, name, split, columns,
+                                [paths[0].parent])
+        if annotate and split == "train":
+            leave_out_cueless(splits[split])
     save(splits, out, name, limit, model)
     print(f"{name}: from {', '.join(str(path) for paths in files.values() for path in paths)}")
     if others:
         print(f"  not read  {', '.join(path.name for path in others)}")
 
 
-def geometry3k(source, out, limit=None, model=None, split=None):
-    """Convert Geometry3K. Train on train.jsonl alone: MathVista and MathVerse hold some of it."""
-    hub("geometry3k", source, out, limit, model, split)
+def geometry3k(source, out, limit=None, model=None, split=None, logic_forms=None):
+    """Convert Geometry3K. Train on train.jsonl alone: MathVista and MathVerse hold some of it.
+
+    In its own layout, or the hub's columns; those have cues only with `logic_forms` and an id.
+    """
+    forms = geometry.read_forms(logic_forms) if logic_forms else None
+    folders = geometry.find(source) if source.is_dir() else {}
+    if not folders:
+        annotate = forms and functools.partial(add_forms, forms)
+        return hub("geometry3k", source, out, limit, model, split, annotate)
+    splits = {}
+    for name, problems in folders.items():
+        if split in (None, name):
+            splits[name] = collect(geometry.rows(problems, forms), "geometry3k", name, OWN,
+                                   sorted({folder.parent for folder in problems}), marks=False)
+            if name == "train":
+                leave_out_cueless(splits[name])
+    save(splits, out, "geometry3k", limit, model)
+
+
+def add_forms(forms, rows):
+    """Give rows of the hub's columns their cue, by their `id`; refuse ids that do not fit."""
+    read = strange = 0
+    for where, row in rows:
+        if "id" not in row:
+            raise ValueError(f"{where}: no field 'id', so --logic-forms cannot be told apart: "
+                             f"take a copy that has it, or Geometry3K's own layout")
+        form, question = forms.get(str(row["id"])), str(row.get("problem"))
+        read += 1
+        strange += form is None or not geometry.belongs(form, question)
+        # A few questions were reworded; many strange ones are another numbering.
+        if strange > 3 and strange > 0.1 * read:
+            raise ValueError(f"{where}: {strange} of {read} questions are not what --logic-forms "
+                             f"holds under their id: another numbering?")
+        fits = form is not None and geometry.belongs(form, question)
+        yield where, row | geometry.with_cue(form if fits else None, question, where)
 
 
 def vision_r1(source, out, limit=None, model=None, split=None):
@@ -447,7 +548,7 @@ def add_command(commands, name, run, help, source_help, required=True):
     """Add the sub-command of a converter with the options that all of them have; return it."""
     command = commands.add_parser(name, allow_abbrev=False, help=help)
     command.add_argument("--source", type=Path, required=required, metavar="PATH",
-                         help=source_help)
+                         help=f"{source_help}; or hub:OWNER/NAME, which is downloaded")
     command.add_argument("--out", type=Path, required=True, help="folder to write to")
     command.add_argument("--limit", type=positive, metavar="N",
                          help="rows per split, the answers' mix kept (default: all)")
@@ -469,6 +570,13 @@ def main(argv=None):
         command = add_command(commands, name, run, text, "folder with the splits, or one file")
         command.add_argument("--split", choices=SPLITS, help="what --source, a file, holds "
                              "(default: as its name says)")
+        if name == "geometry3k":
+            command.add_argument("--logic-forms", type=Path, metavar="ZIP", help="logic_forms.zip "
+                                 "or its folder: cues for rows that have none of their own")
+    add_command(commands, "nlvr", nlvr, "sentences about three boxes of shapes, with cues",
+                "a clone of the repository, or its folder nlvr/")
+    add_command(commands, "tabmwp", tabmwp, "word problems about tables, with cues",
+                "PromptPG's data/tabmwp: problems_*.json beside tables/")
     command = add_command(commands, "jsonl", jsonl, "anybody's file, a row a question",
                           "the file: JSONL, or one that sources.py reads")
     command.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
@@ -486,6 +594,8 @@ def main(argv=None):
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
     try:
+        if str(options.get("source")).startswith("hub:"):
+            options["source"] = sources.download(str(options["source"]).removeprefix("hub:"))
         run(**options)
     except (OSError, ValueError, ImportError) as error:   # what a user can mend needs no traceback
         sys.exit(f"error: {error}")

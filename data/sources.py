@@ -19,7 +19,9 @@ a TSV such a list written out as text. An empty cell is no picture.
 The one rule. A path is looked for in the folders given and nowhere else: a file from the net must
 not be able to name /etc/passwd, or ../../keys.png, as a picture.
 
-Run, copy. No command line. This file alone; standard library and pillow.
+Run, copy. No command line. This file alone; standard library and pillow. download() alone imports
+huggingface_hub, which comes with transformers, and keeps to the hub's own cache: it shows bars,
+and a download that was cut goes on where it stopped.
 
 Left out, on purpose. No eval, not even a literal one: a list of base64 texts has no quotes or
 commas inside its items, so a pattern reads it. No zip files: unpack them, then the paths fit. No
@@ -29,7 +31,9 @@ import base64
 import csv
 import io
 import json
+import os
 import re
+from pathlib import Path
 
 from PIL import Image
 
@@ -173,8 +177,12 @@ def contents(cell, folders, where):
 
 def _file(name, folders, where):
     for folder in folders:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
+        path, home = (folder / name).resolve(), folder.resolve()
+        # In the hub's cache every file is a link, snapshots/COMMIT/.. -> blobs/..: of one set.
+        links = [p.parent / "blobs" for p in home.parents if p.name == "snapshots"]
+        written = Path(os.path.normpath(home / name)).is_relative_to(home)
+        if not path.is_relative_to(home) and not (
+                written and any(path.is_relative_to(blobs) for blobs in links)):
             raise ValueError(f"{where}: picture {name!r} lies outside {folder}")
         if path.is_file():
             return path
@@ -195,3 +203,62 @@ def decode(content):
     except Exception as error:                  # each of Pillow's readers raises its own kinds
         raise ValueError(f"not a readable picture ({error})") from error
     return image
+
+
+# ---- where a data set is -----------------------------------------------------------------------
+
+# A file that gives a published layout away, and the command of prepare.py that reads it. Where a
+# parquet file is from cannot be seen from its name: hub data sets in these columns share it.
+LAYOUTS = (("train/questions.json", "easy-vqa"), ("train/train.json", "nlvr"),
+           ("dev/dev.json", "nlvr"), ("test/test.json", "nlvr"), ("problems_*.json", "tabmwp"),
+           ("data.json", "geometry3k"), ("*/data.json", "geometry3k"),
+           ("*/*/data.json", "geometry3k"), ("*.parquet", "geometry3k (or vision-r1)"))
+
+
+def known_raw(folder):
+    """The prepare command for a folder with a known set's raw files, None for any other folder.
+
+    Looked for in `folder` and in data/, nlvr/ and data/tabmwp/ below it, where clones keep them.
+    """
+    folder = Path(folder)
+    for below in ("", "data", "nlvr", "data/tabmwp", "data/geometry3k"):
+        for pattern, name in LAYOUTS:
+            if next((folder / below).glob(pattern), None) is not None:
+                return f"python data/prepare.py {name} --source {folder} --out FOLDER"
+    return None
+
+
+def download(name):
+    """Fetch the hub's data set `name` (OWNER/NAME) and return the folder that holds it.
+
+    Whatever goes wrong is a ValueError of one line that says what to do.
+    """
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise ImportError("hub: needs huggingface_hub: pip install huggingface_hub") from None
+    page = f"https://huggingface.co/datasets/{name}"
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except errors.HFValidationError as error:
+        raise ValueError(f"hub:{name} is no OWNER/NAME of the hub ({error})") from None
+    except Exception as failure:            # each of its HTTP libraries has its own kinds
+        # "Not in the cache" is what it says last; why it looked there, its cause, is what counts.
+        local = isinstance(failure, errors.LocalEntryNotFoundError)
+        error = failure.__cause__ if local and failure.__cause__ else failure
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):        # before RepositoryNotFound, its parent
+        advice = f"is gated: accept its terms at {page}, then run `hf auth login`"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        advice = (f"is not there, or is private: check the name at {page}; if it is private, run "
+                  f"`hf auth login`")
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        advice = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
+    elif status in (401, 403):
+        advice = f"status {status}: your token may not read it; see {page}, run `hf auth login`"
+    elif status:
+        advice = f"status {status}; try again later, what is there already is kept"
+    else:
+        advice = (f"the hub cannot be reached ({type(error).__name__}): check the connection and "
+                  f"run it again, it goes on; or get {page} elsewhere and name the folder")
+    raise ValueError(f"hub:{name} {advice}") from error

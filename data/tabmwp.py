@@ -56,9 +56,11 @@ def rows(path, tables):
         if not (tables / f"{key}.png").is_file():
             yield where, "picture that is not in this copy"
             continue
-        # As in the official prompt: "15" is miles or hours, and the grader sees the number alone.
-        unit = f" (Unit: {problem['unit']})" if problem.get("unit") else ""
-        row = {"id": f"tabmwp-{key}", "question": problem["question"].strip() + unit,
+        # The official prompt names the unit, too: the gold is the number alone, and the grader
+        # cannot know that "15 per square mile" is meant.
+        unit = problem.get("unit")
+        row = {"id": f"tabmwp-{key}", "question": problem["question"].strip() + (
+                   f" (Unit: {unit}. Give the number alone.)" if unit else ""),
                "answer": problem["answer"], "images": f"{key}.png",
                "options": problem.get("choices"), "rationale": problem["solution"],
                "cue": cue(problem.get("table_title"), problem["table"])}

@@ -11,6 +11,7 @@ In and out.
         changes  the names of the rules that did something
     question, inside = take_placeholders("<image>Find x.", pictures=1, where="FILE: row 3")
         question "Find x."; inside: whether a placeholder stood within the text
+    text, mended = mend_escapes("\frac{1}{2} read by JSON as a form feed and rac{1}{2}", where)
 
 The one rule. tidy_answer(tidy_answer(x)) = tidy_answer(x), and a grader gives both the same value.
 
@@ -21,6 +22,7 @@ stay, grade.py reads them. Questions lose placeholders and outer blanks, nothing
 """
 import re
 
+ESCAPED = "backslash of a LaTeX command that JSON had read as an escape put back"
 UNWRAPPED = "wrapper around the answer taken off"
 LOWERED = "capital LaTeX command in small letters"
 CLOSED_UP = "blanks of tokenised LaTeX closed up"
@@ -109,6 +111,37 @@ def answer_kind(answer):
     return "LaTeX" if re.search(r"[\\$^_{]", answer) else "other"
 
 
+# What JSON reads in "\frac": \f is an escape, a form feed, and rac{..} is left. Whole names only:
+# a tab may be a tab, so its list has no English word ("\to", "\top") that could begin a cell.
+_LOST = {"\f": ("f", r"rac|orall|lat|rown"),
+         "\b": ("b", r"eta|ar|inom|oxed|mod|ullet|igl|igr|igg?|ecause|oldsymbol|egin|ot|ackslash"),
+         "\r": ("r", r"ho|ight|angle|floor|ceil|m|ightarrow"),
+         "\t": ("t", r"heta|imes|frac|au|riangle|ilde|herefore|ext\w*(?=\{)|an(?= ?[({\\\d])"),
+         "\n": ("n", r"abla|eq|otin")}
+_ESCAPES = re.compile("|".join(rf"{control}(?:{names})(?![A-Za-z])"
+                               for control, (_, names) in _LOST.items()))
+
+
+def mend_escapes(text, where):
+    r"""Return (text, whether a backslash was put back) for LaTeX written with one in JSON.
+
+    Raises ValueError for a form feed or backspace that belongs to no known command: nobody types
+    those, so a letter is lost there, and which one is not for this file to guess.
+
+    >>> mend_escapes("\frac{1}{2} of \theta, \tcell\nline", "here")
+    ('\\frac{1}{2} of \\theta, \tcell\nline', True)
+    """
+    mended = _ESCAPES.sub(lambda m: "\\" + _LOST[m[0][0]][0] + m[0][1:], text)
+    if match := re.search("[\f\b].{0,20}", mended, re.S):
+        letter = _LOST[match[0][0]][0]
+        raise ValueError(f"{where}: a control character before {match[0][1:]!r}: JSON reads "
+                         f"\\{letter} as an escape, so LaTeX needs two backslashes there")
+    return mended, mended != text
+
+
+_MARK = re.compile(r"<image(?: ?\d+)?>")        # MMMU numbers them
+
+
 def take_placeholders(problem, pictures, where, required=True):
     """Return (question without <image> marks, whether a mark stood within the text).
 
@@ -116,9 +149,9 @@ def take_placeholders(problem, pictures, where, required=True):
     sentence such as "In <image>, .." is counted by the caller, since it loses a word. Raises
     ValueError when marks and pictures differ; with `required` false, no marks at all are fine.
     """
-    marks = problem.count("<image>")
+    marks = len(_MARK.findall(problem))
     if marks != pictures and (marks or required):
         raise ValueError(f"{where}: {marks} <image> placeholders but {pictures} pictures")
-    head = re.match(r"(?:\s*<image>)*", problem).end()
-    inside = "<image>" in problem[head:].strip().removesuffix("<image>")
-    return re.sub(r" ?<image>", "", problem).strip(), inside
+    head = re.match(rf"(?:\s*{_MARK.pattern})*", problem).end()
+    inside = bool(_MARK.search(re.sub(rf"{_MARK.pattern}\Z", "", problem[head:].strip())))
+    return re.sub(rf" ?{_MARK.pattern}", "", problem).strip(), inside

@@ -639,3 +639,55 @@ def test_tsv_is_read_as_text_and_leaves_the_csv_module_as_it_was(tmp_path):
     path.write_text("index\tA\n1\n")
     with pytest.raises(ValueError, match="row 0 .*not as many cells"):
         list(sources.rows(path))
+
+
+# ---- text that JSON or a converter spoilt ------------------------------------------------------
+
+def test_records_without_pictures_go_into_a_new_folder(tmp_path):
+    """The folder was made by the first picture, so without one the last step failed: no such file
+    train.jsonl.tmp, after all rows had been read."""
+    (tmp_path / "in.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    run("jsonl", "--source", tmp_path / "in.jsonl", "--images-field", "", "--out",
+        tmp_path / "new/deeper")
+    assert records.load(tmp_path / "new/deeper/train.jsonl")[0]["images"] == []
+
+
+def test_latex_with_one_backslash_in_json_is_mended(tmp_path, capsys):
+    r"""JSON reads "\frac{1}{2}" as a form feed and rac{1}{2}; so the gold was never matched."""
+    (tmp_path / "in.jsonl").write_text(
+        r'{"question": "Find \theta\tin $2 \times \beta$\nor \rho.", "answer": "\frac{1}{2}",'
+        r' "options": {"A": "\frac{1}{2}", "B": "\\frac{1}{3}"}, "cue": "It reads \text{cm}."}')
+    run("jsonl", "--source", tmp_path / "in.jsonl", "--images-field", "", "--out", tmp_path / "out")
+    [row] = records.load(tmp_path / "out/train.jsonl")
+    assert row["question"].startswith("Find \\theta\tin $2 \\times \\beta$\nor \\rho.")
+    assert row["answer"] == row["options"]["A"] == r"\frac{1}{2}" and "\f" not in row["question"]
+    assert row["options"]["B"] == r"\frac{1}{3}" and row["cue"] == r"It reads \text{cm}."
+    assert f"4 {tidy.ESCAPED}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", [r"\foo{1}", r"1\b", r"\bat"])
+def test_control_characters_of_no_known_command_are_refused(tmp_path, answer):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"question": "q?", "answer": "1"}\n'
+                    '{"question": "q?", "answer": "%s"}' % answer)
+    message = fails("jsonl", "--source", path, "--images-field", "", "--out", tmp_path / "out")
+    assert f"{path}:2: answer: a control character" in message and "two backslashes" in message
+
+
+@pytest.mark.parametrize("text", ["a\tan apple", "a\ttext", "line\nless", "one\r\ntwo", "\tto",
+                                  "a\ttimesheet", r"\frac{1}{2}", "\nequal"])
+def test_tabs_and_line_breaks_that_are_meant_stay(text):
+    assert tidy.mend_escapes(text, "here") == (text, False)
+
+
+def test_a_literal_placeholder_never_reaches_a_prompt(tmp_path):
+    """MMMU numbers its marks, "<image 1>"; an option that is a mark shows nothing."""
+    assert tidy.take_placeholders("In <image 1>, why?", 1, "here") == ("In, why?", True)
+    path = tmp_path / "in.jsonl"
+    row = {"question": "Which? <image>", "answer": "A", "images": []}
+    for change, part in (({}, "1 <image> placeholders but 0 pictures"),
+                         ({"question": "Which?", "options": ["<image>", "2"]},
+                          "an option holds an <image> mark")):
+        path.write_text(json.dumps(row | change))
+        message = fails("jsonl", "--source", path, "--out", tmp_path / "out")
+        assert f"{path}:1" in message and part in message
