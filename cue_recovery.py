@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -233,7 +234,10 @@ class CueRecovery(nn.Module):
         from safetensors.torch import save_file
         weights = self.state_dict() if weights is None else weights
         weights = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
+        open(path, "wb").close()
+        mode = os.stat(path).st_mode           # what the umask gives; safetensors: only the owner
         save_file(weights, str(path), metadata={"cue_recovery": json.dumps(self.settings())})
+        os.chmod(path, mode)
 
     def load(self, path) -> None:
         """Read weights written by save(). Raises ValueError if they belong to another shape."""

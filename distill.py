@@ -33,7 +33,6 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -54,7 +53,7 @@ import teacher as teaching
 from data import records as record_files, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
-from scale import checkpoint, checks, longrun, offload, plan, sharding, vision
+from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
 from scale.build import build_models
 from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
@@ -82,12 +81,14 @@ class Config:
     privilege: str = option("cue", "what only the teacher is told", teaching.PRIVILEGES)
     loss: str = option("forward_kl", "divergence at each token",
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
-    data: str = option("", "training records, JSONL; empty for the toy world, made in data/toy")
+    data: str = option("", "training records, JSONL; empty for a drawn world of the student's size")
     eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
     eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
     before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
                                low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
+    check: str = option("decode", "pictures before the start: decode all, or read their headers",
+                        ("decode", "headers"))
     steps: int = option(275, "updates; 275 is the paper's main run", low=1)
     batch_size: int = option(128, "prompts an update", low=1)
     samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
@@ -127,7 +128,8 @@ class Config:
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
     max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
                              low=0)
-    seed: int = option(0, "of data order, sampling and the module's start", low=0)
+    seed: int = option(0, "of data order, sampling and the module's start", low=0,
+                       high=10**12)
     name: str = option("", "of the run's folder below runs/; empty for the time")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
     save_every: int = option(25, "steps between saved states for --resume", low=1)
@@ -154,6 +156,10 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
 OLDER = dict(threads=0, before_limit=0, instruction="")
 
 
+def is_tiny(student: str) -> bool:
+    return Path(student).resolve() == qwen.TINY
+
+
 def read_config(argv=None) -> tuple[Config, Path | None]:
     """Settings from the command line; with --resume those of the run, and its folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -170,27 +176,23 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
             "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
-                        help="go on with this run, with its own settings (--steps, --max-hours and "
-                             "--max-tokens may be raised)")
+                        help="go on with this run, with its own settings (limits and what changes "
+                             "memory only may be typed; --data and --eval-data, where they moved)")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume")
-    if resume:
-        other = sorted(typed.keys() - {"steps", "max_hours", "max_tokens"})
-        if other:
-            parser.error(f"--resume takes the run's own settings; leave out {', '.join(other)}")
-        path = Path(resume) / "args.json"
-        if not path.exists():
-            parser.error(f"{path} does not exist: is {resume} the folder of a run?")
-        typed = {**OLDER, **json.loads(path.read_text(encoding="utf-8")), **typed}
-    elif Path(typed.get("student", qwen.TINY)).resolve() == qwen.TINY:
-        typed = {**TOY, **typed}
-    config = Config(**typed)
-    config.name = config.name or time.strftime("%Y-%m-%d-%H%M%S")
-    for f in fields(Config):
-        value, (low, high) = getattr(config, f.name), f.metadata["range"]
-        if not isinstance(value, (str, bool)) and not low <= value <= high:      # NaN is refused too
-            allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            parser.error(f"--{f.name.replace('_', '-')} is {value}, expected {allowed}")
+    try:
+        if resume:
+            typed = {**OLDER, **identity.settings_of_run(Path(resume), typed,
+                                                          Config.__dataclass_fields__)}
+        elif is_tiny(typed.get("student", qwen.TINY)):
+            typed = {**TOY, **typed}
+        config = Config(**typed)
+        # the process as well: runs that start in the same second are two
+        config.name = config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}"
+        checks.check_settings(config)
+        identity.make_absolute(config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return config, Path(resume) if resume else None
 
 
@@ -344,23 +346,27 @@ class Scale:
 
 def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
     """Training and test records, checked; prompts over the limit left out and counted."""
-    config.data = config.data or str(toy.default() / "train.jsonl")
+    config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
     needs = () if config.privilege == "none" else (config.privilege,)
     out = []
-    for path, limit, kind in ((config.data, None, "training"),
-                              (config.eval_data, config.eval_limit or None, "test")):
-        records = [{"instruction": config.instruction, **r}
-                   for r in record_files.load(path, needs)][:limit]
+    for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):
+        out.append([{"instruction": config.instruction, **record}
+                    for record in record_files.load(path, needs)][:limit])
+    if config.train == "cue" and not any(r["images"] or r.get("video") for r in out[0]):
+        raise ValueError(f"{config.data}: no record has a picture, so --train cue would train "
+                         "nothing: the module asks the picture")
+    record_files.check_pictures(out[0] + out[1], config.check)
+    for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
         # the teacher's prompt is the student's and a line more, so its length decides for both
-        kept = [r for r in records if processor.length(r, teaching.hint(r, config.privilege))
+        kept = [r for r in out[n] if processor.length(r, teaching.hint(r, config.privilege))
                 <= config.max_prompt_tokens]
         if not kept:
             raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
                              f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
-        print(f"{len(kept)} {kind} records from {path}, {len(records) - len(kept)} left out as "
+        print(f"{len(kept)} {kind} records from {path}, {len(out[n]) - len(kept)} left out as "
               f"longer than {config.max_prompt_tokens} tokens")
-        out.append(kept)
+        out[n] = kept
     return tuple(out)
 
 
@@ -418,7 +424,7 @@ def print_settings(config: Config, student, teacher, weights) -> None:
 
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
     """(graded rows, their summary) of the test records, greedily; shared by all processes."""
-    with scale.sampling(model):
+    with scale.sampling(model), checks.named("evaluation"):
         rows = evaluate.evaluate(model, processor, sharding.share(test),
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
@@ -455,8 +461,7 @@ def answer_gain(teacher, processor, test, config, scale) -> float:
 def evaluate_before(student, teacher, processor, test, config, scale, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
     path = folder / "before.json"
-    before = sharding.from_main(json.loads(path.read_text(encoding="utf-8"))
-                                if path.exists() else None)
+    before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
     if before:
         return before
     everything, test = len(test), test[:config.before_limit or None]
@@ -528,14 +533,16 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, scal
                bar_format=longrun.BAR)
     for step in bar:
         records = batch_of(train, step, config.batch_size, config.seed)
-        metrics, answers = run_step(student, teacher, processor, records, config, step, optimizer,
-                                    scale)
+        with checks.named(f"step {step + 1}"), log.saved_first(teacher, optimizer):
+            metrics, answers = run_step(student, teacher, processor, records, config, step,
+                                        optimizer, scale)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
                         tok_s=metrics["sample_tokens_per_second"], left=log.time_left(metrics))
         if log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
                         optimizer):
             break
     bar.close()
+    log.stop.release()
 
 
 def finish(student, processor, test, config, scale, folder, before, started) -> None:
@@ -546,7 +553,8 @@ def finish(student, processor, test, config, scale, folder, before, started) -> 
         return
     save(folder / "checkpoint")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    lines = longrun.write_result(folder, config, models, save, time.time() - started, student)
+    lines = longrun.write_result(folder, config, models, save, time.monotonic() - started,
+                                 student)
     shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
     print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
@@ -558,53 +566,47 @@ def main(argv=None) -> None:
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)
-    started = time.time()
-    try:
+    with checks.one_line("distill.py"):
         if config.plan:
             return print(plan.report(config))
         sharding.start(config.device)
-        config = sharding.from_main(config)          # its name may be the time, which differs
+        config = sharding.from_main(config)     # its name may have the time in it, which differs
         folder = resume or Path("runs") / config.name
-        if not resume and (folder / "args.json").exists():
-            raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
-                                  f"--resume {folder}")
-        with sharding.main_first():                  # what is cheap to know, before a weight is read
-            processor = checks.check_models(config)
-            train, test = prepare_data(config, processor)
-        if sharding.is_main():
-            checks.check_memory(config)
-        config = sharding.from_main(config)
-        student, teacher, processor = build_models(config)
-        weights = choose_weights(student, config.train)
-        optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
-                              steps=config.steps, final=config.final_lr, clip=config.clip,
-                              weight_decay=config.weight_decay,
-                              device="cpu" if config.offload_optimizer else None)
-        print_settings(config, student, teacher, weights)
-        if resume:
-            longrun.resume(folder, optimizer, teacher, config)
-        if sharding.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(folder / "args.json", asdict(config))
-            log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
-            started -= sum(m.get("seconds", 0) for m in log)
-    except (ValueError, OSError) as error:        # wrong input gets one line, not a trace
-        raise SystemExit(f"distill.py: {error}")
+        with identity.owned(folder, new=not resume):
+            run(config, folder, resume)
+
+
+def run(config: Config, folder: Path, resume: Path | None) -> None:
+    """All of a run, in a folder that is its own: check, load, train, evaluate."""
+    started = time.monotonic()                  # a clock that nobody sets
+    with sharding.main_first():
+        processor = checks.check_models(config)
+        train, test = prepare_data(config, processor)
+    if sharding.is_main():
+        checks.check_memory(config)
+    config = sharding.from_main(config)
+    digests = identity.check_sources(folder, config)
+    student, teacher, processor = build_models(config)
+    weights = choose_weights(student, config.train)
+    optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
+                          steps=config.steps, final=config.final_lr, clip=config.clip,
+                          weight_decay=config.weight_decay,
+                          device="cpu" if config.offload_optimizer else None)
+    print_settings(config, student, teacher, weights)
+    if resume:
+        longrun.resume(folder, optimizer, teacher, config)
+    if sharding.is_main():
+        checkpoint.write_json(folder / "args.json", asdict(config) | {"digests": digests})
+        log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
+        started -= sum(m.get("seconds", 0) for m in log)
+    scale = scale_for(config, student, teacher, processor)
     try:
-        scale = scale_for(config, student, teacher, processor)
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
         train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
                    before)
         finish(student, processor, test, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
-        raise SystemExit(f"distill.py: out of memory with --sample-batch {config.sample_batch} "
-                         f"--micro-batch-tokens {config.micro_batch_tokens}; go on with less: "
-                         f"python distill.py --resume {folder} --sample-batch "
-                         f"{max(1, config.sample_batch // 2)} --micro-batch-tokens "
-                         f"{max(1, config.micro_batch_tokens // 2)}") from None
-    except OSError as error:                      # a full disk: what was saved before is whole
-        raise SystemExit(f"distill.py: {error}; when this is mended, go on with "
-                         f"python distill.py --resume {folder}") from error
+        raise SystemExit(checks.out_of_memory(config, folder)) from None
 
 
 if __name__ == "__main__":

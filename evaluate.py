@@ -8,7 +8,7 @@ In:  a checkpoint folder, a record file.  Out: one line a question as JSONL, a s
 
 Run
     python evaluate.py --model runs/NAME/checkpoint                      its run's test records
-    python evaluate.py --model M --data my/test.jsonl --out rows.jsonl
+    python evaluate.py --model M --data my/test.jsonl --out rows.jsonl   killed? the same goes on
     python evaluate.py --model M --data my/test.jsonl --privilege cue    as a teacher would see it
     python evaluate.py --model M --ask "How many dots?" --image a.png    one question, to look at
 Public benchmarks have a runner of their own, benchmarks/run.py.
@@ -21,7 +21,7 @@ Left out: an LLM as judge.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 from pathlib import Path
 
@@ -37,13 +37,16 @@ from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
 from rollout import sample
 from scale import checks
-from scale.checkpoint import write_jsonl
+from scale.checkpoint import append_jsonl, read_json, read_jsonl, read_run, write_json, write_jsonl
+from scale.checks import number, one_line
 from scale.decoder import FastDecoder
+from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
-DECODING = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "batch_size")
+DECODING = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "batch_size",
+            "max_new_tokens")
 MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
          "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
 __all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after"]
@@ -111,6 +114,45 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
     return row | {name: record[name] for name in ("group", "meta") if name in record}
 
 
+# ---------------------------------------------------------------------------- never lose an answer
+
+def check_saved(path: Path, rows: list[dict], records: list[dict], before: dict,
+                settings: dict) -> None:
+    """ValueError unless the answers that an earlier start left are to these records and settings.
+
+    The file is written anew when it goes on: what is not asked now would get lost.
+    """
+    changed = [f"{key} {before[key]}, not {settings.get(key)}"
+               for key in before if before[key] != settings.get(key)]
+    if changed:
+        raise ValueError(f"{path} was made with {'; '.join(changed)}: give another --out")
+    ids = {record["id"] for record in records}
+    strange = [row.get("id") for row in rows if row.get("id") not in ids]
+    if strange:
+        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
+                         f"{strange[0]}: give another --out, or the records and --limit of then")
+
+
+def answer_into(path: Path, rows: list[dict], model, processor, records: list[dict], *,
+                header=(), label: str = "", batch_size: int = 64, **settings) -> list[dict]:
+    """Answer what `rows`, saved earlier, lack, each group written when it is done; all rows.
+
+    header: lines in front of the rows. A half group that a kill left is drawn again as a whole, so
+    the file is that of a process that nobody killed.
+    """
+    group = GROUP * batch_size
+    if len(rows) < len(records):
+        rows = rows[:len(rows) // group * group]
+    write_jsonl(path, [*header, *rows])
+    groups = answer(model, processor, records, done={row["id"] for row in rows},
+                    batch_size=batch_size, **settings)
+    for answered in tqdm(groups, label, total=-(-(len(records) - len(rows)) // group)):
+        for row in answered:
+            append_jsonl(path, row)
+        rows += answered
+    return rows
+
+
 # ---------------------------------------------------------------------------- count
 
 def summarise(rows: list[dict]) -> dict:
@@ -176,15 +218,17 @@ def before_after(before: list[dict], after: list[dict]) -> str:
 def add_decoding(parser) -> None:
     """The flags that every script has which lets a model answer."""
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="0 for the run's own or 1024")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows that run at a time")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--presence-penalty", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--min-pixels", type=int, default=0, help="0 for the checkpoint's own")
-    parser.add_argument("--max-pixels", type=int, default=0, help="0 for the checkpoint's own")
+    for name, kind, default, low, high, text in (
+            ("max-new-tokens", int, 0, 0, math.inf, "0 for the run's own or 1024"),
+            ("batch-size", int, 64, 1, math.inf, "rows that run at a time"),
+            ("temperature", float, 0.0, 0, 1e6, "0 is greedy"),
+            ("top-p", float, 1.0, 1e-9, 1, "nucleus of sampling, 1 for the whole distribution"),
+            ("top-k", int, 0, 0, math.inf, "sample from the k most likely, 0 for all"),
+            ("presence-penalty", float, 0.0, -1e6, 1e6, "off the logit of what was said before"),
+            ("seed", int, 0, 0, 1e12, "of sampling"),
+            ("min-pixels", int, 0, 0, math.inf, "0 for the checkpoint's own"),
+            ("max-pixels", int, 0, 0, math.inf, "0 for the checkpoint's own")):
+        parser.add_argument(f"--{name}", type=number(kind, low, high), default=default, help=text)
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="")
 
@@ -196,13 +240,14 @@ def read_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--data", default="",
                         help="records, JSONL (default: the test records of the run that the "
                         "checkpoint belongs to, else the toy world's)")
-    parser.add_argument("--limit", type=int, default=-1,
+    parser.add_argument("--limit", type=number(int, -1), default=-1,
                         help="first so many records, 0 for all, -1 for the run's own or all")
     parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
                         help="give the model this hint, as a teacher would see it")
     parser.add_argument("--instruction", help="behind each question that has none of its own "
                         "(default: the run's; for a hub model: to reason and box the answer)")
-    parser.add_argument("--out", default="", help="write every question and answer here as JSONL")
+    parser.add_argument("--out", default="", help="write every question and answer here as JSONL, "
+                        "group by group; a second start goes on behind the last")
     parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
     parser.add_argument("--image", action="append", default=[],
                         help="with --ask: a picture; may be given several times, or not at all")
@@ -222,20 +267,25 @@ def main(argv=None) -> None:
             raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
     args = read_arguments(argv)
     qwen.quiet()
-    try:
+    with one_line("evaluate.py", lambda: answers_kept(args.out)):
         main_records(args) if args.ask is None else main_ask(args)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"evaluate.py: {error}")
+
+
+def answers_kept(out: str) -> str:
+    """What of an evaluation that ends now is on the disk."""
+    rows = len(read_jsonl(Path(out))) if out else 0
+    return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
 
 
 def run_settings(model: Path) -> dict:
     """What a run evaluated its checkpoint with, so that its number comes out; else defaults."""
+    model = model.resolve()                               # it may be a link, or "."
+    own = {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024, "min_pixels": 0,
+           "max_pixels": 0, "instruction": ""}
     for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
         if (run / "args.json").exists():
-            return json.loads((run / "args.json").read_text(encoding="utf-8"))
-    return {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024, "min_pixels": 0,
-            "max_pixels": 0, "instruction": "" if model.resolve() == qwen.TINY else
-            qwen.INSTRUCTION}
+            return own | read_run(run)["args"]
+    return own if model == qwen.TINY else own | {"instruction": qwen.INSTRUCTION}
 
 
 def load_asked(args, own: dict):
@@ -250,20 +300,41 @@ def load_asked(args, own: dict):
 
 def main_records(args) -> None:
     own = run_settings(Path(args.model))
-    data = args.data or own["eval_data"] or str(toy.default() / "test.jsonl")
+    data = args.data or own["eval_data"] or str(
+        toy.default(large=Path(args.model).resolve() != qwen.TINY) / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
     needs = () if args.privilege == "none" else (args.privilege,)
-    instruction = own.get("instruction", "") if args.instruction is None else args.instruction
+    args.max_new_tokens = args.max_new_tokens or own["max_new_tokens"]
+    instruction = own["instruction"] if args.instruction is None else args.instruction
     records = [{"instruction": instruction, **record}
                for record in record_files.load(data, needs)[:limit or None]]
-    model, processor = load_asked(args, own)
-    rows = evaluate(model, processor, records, hint=lambda r: teaching.hint(r, args.privilege),
-                    label="evaluate", **{name: getattr(args, name) for name in DECODING},
-                    max_new_tokens=args.max_new_tokens or own["max_new_tokens"])
+    record_files.check_pictures(records)
+    decoding = {name: getattr(args, name) for name in DECODING}
+    asked = {"hint": lambda r: teaching.hint(r, args.privilege), "label": "evaluate", **decoding}
     if args.out:
-        write_jsonl(Path(args.out), rows)
+        pixels = {name: getattr(args, name) or own[name] for name in ("min_pixels", "max_pixels")}
+        rows = saved_answers(Path(args.out), records, {
+            "records": file_digest(data), "limit": limit, "privilege": args.privilege,
+            "checkpoint": checkpoint_digest(qwen.find_folder(args.model)),
+            "instruction": instruction, **decoding, **pixels})
+        model, processor = load_asked(args, own)
+        rows = answer_into(Path(args.out), rows, model, processor, records, **asked)
+    else:
+        rows = evaluate(*load_asked(args, own), records, **asked)
     print(f"{args.model} on {data}")
-    print(table({Path(args.model).name: summarise(rows)}))
+    print(table({Path(args.model).resolve().name: summarise(rows)}))
+
+
+def saved_answers(out: Path, records: list[dict], settings: dict) -> list[dict]:
+    """Rows of an earlier start of the same command. Its settings stand in OUT.settings.json."""
+    path = out.with_name(out.name + ".settings.json")
+    if out.exists() and out.stat().st_size and not path.exists():
+        raise ValueError(f"{out} exists, and {path.name} beside it does not, so it cannot be gone "
+                         "on with: give another --out")
+    rows = read_jsonl(out)
+    check_saved(out, rows, records, read_json(path) if rows else {}, settings)
+    write_json(path, settings)
+    return rows
 
 
 def main_ask(args) -> None:
@@ -278,7 +349,7 @@ def main_ask(args) -> None:
     own = run_settings(Path(args.model))
     model, processor = load_asked(args, own)
     record = {"id": "of --ask", "images": args.image, "question": args.ask, "instruction":
-              own.get("instruction", "") if args.instruction is None else args.instruction}
+              own["instruction"] if args.instruction is None else args.instruction}
     batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
     got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
                  temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.counting import grid  # noqa: E402
 from distill import Config  # noqa: E402
 from scale.checkpoint import read_run  # noqa: E402
+from scale.checks import one_line  # noqa: E402
 
 # Settings that do not make another arm: the seed, names, the machine, how work is cut up.
 NOT_ARM = ("seed", "name", "device", "attention", "sample_batch", "micro_batch_tokens",
@@ -335,11 +336,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     found = list({Path(run).resolve(): run for run in args.runs}.values())     # each folder once
     files = [name for name in found if Path(name).is_file()]     # such as logs that runs/* matches
-    try:
+    with one_line("compare.py"):
         defaults = asdict(Config())
         rows, notes = compare([load_run(name, defaults) for name in found if name not in files])
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"compare.py: {error}")
     if files:
         notes.append(f"{len(files)} files left out, such as {files[0]}: a run is a folder")
     text = markdown(rows, notes)

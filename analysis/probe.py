@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import records as record_files, toy  # noqa: E402
-from model import load, quiet  # noqa: E402
+from model import TINY, load, quiet  # noqa: E402
 
 # Dimension letters: N records, D hidden, F facts.
 
@@ -128,7 +128,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     quiet()
     try:
-        path = Path(args.data) if args.data else toy.default() / "train.jsonl"
+        path = Path(args.data) if args.data else toy.default(large=Path(args.model).resolve() != TINY) / "train.jsonl"
         train, test = (record_files.load(p, ("cue",))[:args.limit or None]
                        for p in (path, path.with_name("test.jsonl")))
         model, processor = load(args.model, None, args.device or None)

@@ -52,6 +52,7 @@ from evaluate import judge, with_frames  # noqa: E402
 from model import load, quiet, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
+from scale.checks import one_line  # noqa: E402
 
 # Dimension letters: T response tokens, h x w visual tokens of a picture, D hidden, V vocabulary.
 
@@ -586,10 +587,8 @@ def main(argv=None) -> None:
     parser.add_argument("--dtype", default="", help="(default: the run's own)")
     args = parser.parse_args(argv)
     quiet()
-    try:
+    with one_line("report.py"):
         report(args)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"report.py: {error}")
 
 
 def report(args) -> None:

@@ -19,15 +19,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import readers, scores  # noqa: E402
 from benchmarks.counting import interval, percent  # noqa: E402
-from evaluate import (GROUP, add_decoding, answer, judge, load_asked,  # noqa: E402
+from evaluate import (add_decoding, answer_into, check_saved, judge, load_asked,  # noqa: E402
                       run_settings, summarise)
-from model import quiet  # noqa: E402
+from model import find_folder, quiet  # noqa: E402
 from scale import checkpoint  # noqa: E402
+from scale.checks import number, one_line  # noqa: E402
+from scale.identity import checkpoint_digest  # noqa: E402
 
 # The paper's decoding, table 4: temperature, nucleus, penalty, pixels of a picture or frame.
 PAPER = dict(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5, max_new_tokens=4096,
@@ -41,38 +41,35 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
     A run that was killed goes on behind its last whole group and draws the same answers. With
     --rescore (model None) the saved responses are graded again and nothing is asked.
     """
-    path, group = Path(args.out) / f"{name}.jsonl", GROUP * args.batch_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    decoding = {key: getattr(args, key) for key in DECODING}
-    by_id, saved = {item["id"]: item for item in items}, checkpoint.read_jsonl(path)
-    header, rows = saved[0] if saved else {}, saved[1:]
-    # The file is written anew below: answers to questions that are not asked now must not get lost.
-    strange = [row["id"] for row in rows if row["id"] not in by_id]
-    if strange:
-        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
-                         f"{strange[0]}; give another --out, or the same --source and --limit")
+    path = answers_of(name, args)
+    decoding = {key: getattr(args, key) for key in DECODING if "pixels" not in key}
+    header, rows = saved_answers(name, items, args)
     if args.rescore:
         if not rows:
             raise ValueError(f"{path}: no saved answers to grade again")
+        by_id = {item["id"]: item for item in items}
         rows = [judge(by_id[r["id"]], r["response"], r["stopped"], r["length"]) for r in rows]
         checkpoint.write_jsonl(path, [header, *rows])
     else:
-        settings = {"model": str(args.model), **decoding}
-        if saved and header["settings"] != settings:
-            raise ValueError(f"{path} was made with {header['settings']}, not with {settings}; "
-                             "give another --out")
-        if len(rows) < len(items):       # what a kill left of a group is drawn again, all of it
-            rows = rows[:len(rows) // group * group]
-        checkpoint.write_jsonl(path, [{"settings": settings}, *rows])
-        groups = answer(model, processor, items, done={row["id"] for row in rows},
-                        **{key: value for key, value in decoding.items() if "pixels" not in key})
-        for answered in tqdm(groups, name, total=-(-(len(items) - len(rows)) // group)):
-            for row in answered:
-                checkpoint.append_jsonl(path, row)
-            rows += answered
+        rows = answer_into(path, rows, model, processor, items, header=[header], label=name,
+                           **decoding)
     file = readers.describe(items, readable=lambda item: judge(
         item, f"\\boxed{{{first_gold(item)}}}", True, 0)["correct"])
     return summarise(rows) | scores.aggregate(name, rows, items) | {"file": file}
+
+
+def answers_of(name: str, args) -> Path:
+    return Path(args.out) / f"{name}.jsonl"
+
+
+def saved_answers(name: str, items: list[dict], args) -> tuple[dict, list[dict]]:
+    """(first line, rows) of a benchmark's file; ValueError if it is not what is asked for now."""
+    path = answers_of(name, args)
+    header, *rows = checkpoint.read_jsonl(path) or [{}]
+    settings = {} if args.rescore else {"model": str(args.model), "checkpoint": args.digest,
+                                        **{key: getattr(args, key) for key in DECODING}}
+    check_saved(path, rows, items, {} if args.rescore else header.get("settings", {}), settings)
+    return header if args.rescore else {"settings": settings}, rows
 
 
 def first_gold(item: dict) -> str:
@@ -110,9 +107,10 @@ def run(args) -> None:
     # All files are read and checked first: a missing one must not show after hours of answers.
     items = {name: readers.load(name, args.source, check_rows=not args.any_rows)
              [:args.limit if args.limit > 0 else None] for name in names}
-    model = processor = None
-    if not args.rescore:
-        model, processor = load_asked(args, own)
+    args.digest = None if args.rescore else checkpoint_digest(find_folder(args.model))
+    for name in names:                  # other answers in --out are refused before weights are read
+        saved_answers(name, items[name], args)
+    model, processor = (None, None) if args.rescore else load_asked(args, own)
     results = {name: run_benchmark(name, items[name], args, model, processor) for name in names}
     folder = Path(args.out)
     checkpoint.write_json(folder / "scores.json", results)
@@ -132,7 +130,7 @@ def main(argv=None) -> None:
     parser.add_argument("--source", required=True, help="the benchmark's file or folder")
     parser.add_argument("--preset", default="", choices=["", "paper"],
                         help="decoding and pixel budget of the paper's table 4")
-    parser.add_argument("--limit", type=int, default=0, help="first so many questions, 0 for all")
+    parser.add_argument("--limit", type=number(int, 0), default=0, help="first so many questions, 0 for all")
     parser.add_argument("--any-rows", action="store_true",
                         help="take a benchmark file whose number of rows is not the official one")
     parser.add_argument("--out", default="results", help="folder of the answers and scores")
@@ -143,10 +141,9 @@ def main(argv=None) -> None:
         parser.set_defaults(**PAPER)
         args = parser.parse_args(argv)
     quiet()
-    try:
+    with one_line("run.py", lambda: f"; answers up to here are in {args.out}, the same command "
+                  "goes on" if Path(args.out).exists() else ""):
         run(args)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"run.py: {error}")
 
 
 if __name__ == "__main__":

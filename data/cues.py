@@ -41,6 +41,7 @@ from data.leaks import audit  # noqa: E402
 from model import load, quiet  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale.checkpoint import append_jsonl, read_jsonl, write_jsonl  # noqa: E402
+from scale.checks import check_placement, number, one_line  # noqa: E402
 
 # Asked for under a version: change a word, change the version, and old cues can be told from new.
 PROMPT_VERSION = {"cue": "cue-1", "rationale": "rationale-1"}
@@ -104,7 +105,9 @@ def write_cues(args) -> None:
     if out.resolve().parent != data.resolve().parent or out.resolve() == data.resolve():
         raise ValueError(f"--out {out} must be another file beside {data}: picture paths are "
                          "relative to the record file")
+    device, dtype = check_placement(args.device, args.dtype)
     records = record_files.load(data)[:args.limit or None]
+    record_files.check_pictures(records)
     raw = {r["id"]: r for r in map(json.loads, filter(str.strip, data.open(encoding="utf-8")))}
     rejected = out.with_suffix(".rejected.jsonl")
     kept = {path: read_jsonl(path) for path in (out, rejected)}
@@ -123,8 +126,8 @@ def write_cues(args) -> None:
         if rows:
             write_jsonl(path, [row for row in rows if row["id"] not in again])
     quiet()
-    model, processor = load(args.model, args.dtype or None, args.device or None,
-                            min_pixels=args.min_pixels or None, max_pixels=args.max_pixels or None)
+    model, processor = load(args.model, dtype, device, min_pixels=args.min_pixels or None,
+                            max_pixels=args.max_pixels or None)
     for start in tqdm(starts, f"write {args.kind}s"):
         part = records[start:start + args.batch_size]
         for record, got in zip(part, write_batch(model, processor, part, args, start)):
@@ -183,24 +186,23 @@ def main(argv=None) -> None:
     write.add_argument("--data", required=True, help="records, JSONL")
     write.add_argument("--out", required=True, help="JSONL to write, beside --data")
     write.add_argument("--kind", default="cue", choices=tuple(PROMPT))
-    write.add_argument("--retries", type=int, default=2, help="tries after a rejected one")
-    write.add_argument("--batch-size", type=int, default=8)
-    write.add_argument("--max-new-tokens", type=int, default=256)
-    write.add_argument("--temperature", type=float, default=0.7)
-    write.add_argument("--seed", type=int, default=0)
-    write.add_argument("--limit", type=int, default=0, help="first so many records, 0 for all")
-    write.add_argument("--min-pixels", type=int, default=0, help="0 for the checkpoint's own")
-    write.add_argument("--max-pixels", type=int, default=0, help="0 for the checkpoint's own")
+    count = number(int, 0)
+    write.add_argument("--retries", type=count, default=2, help="tries after a rejected one")
+    write.add_argument("--batch-size", type=number(int, 1), default=8)
+    write.add_argument("--max-new-tokens", type=number(int, 1), default=256)
+    write.add_argument("--temperature", type=number(float, 0, 1e6), default=0.7)
+    write.add_argument("--seed", type=number(int, 0, 1e9), default=0)
+    write.add_argument("--limit", type=count, default=0, help="first so many records, 0 for all")
+    write.add_argument("--min-pixels", type=count, default=0, help="0 for the checkpoint's own")
+    write.add_argument("--max-pixels", type=count, default=0, help="0 for the checkpoint's own")
     write.add_argument("--device", default="")
     write.add_argument("--dtype", default="")
     look = commands.add_parser("audit", help="the leak rate of a file of cues")
     look.add_argument("file")
-    look.add_argument("--examples", type=int, default=5)
+    look.add_argument("--examples", type=count, default=5)
     args = parser.parse_args(argv)
-    try:
+    with one_line("cues.py", lambda: "; the same command goes on" * (args.command == "write")):
         (write_cues if args.command == "write" else audit_file)(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cues.py: {error}")
 
 
 if __name__ == "__main__":

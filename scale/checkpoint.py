@@ -1,6 +1,7 @@
 """scale/checkpoint.py - a run's folder: what training writes, so that a killed run can be resumed.
 
-    runs/NAME/args.json          the settings of the run
+    runs/NAME/args.json          the settings of the run, and digests of what it is made from
+    runs/NAME/lock               while a process writes here (identity.py)
     runs/NAME/metrics.jsonl      one object a step
     runs/NAME/rollouts.jsonl     a few sampled answers at every evaluation
     runs/NAME/result.json        written at the end
@@ -39,6 +40,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that it holds either the old text or the new one, never a part."""
     temporary = Path(path).with_suffix(".tmp")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8", newline="") as out:
             out.write(text)
             out.flush()
@@ -96,10 +98,22 @@ def read_jsonl(path: Path) -> list[dict]:
     return out
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError naming the file if it is damaged."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_run(folder: Path) -> dict:
     """A run's files: {"args", "before", "result", "metrics"}; those not written yet are empty.
 
-    Raises FileNotFoundError if the folder is not a run's, ValueError naming a damaged file.
+    "args" are the settings, without the digests that stand beside them in args.json. Raises
+    FileNotFoundError if the folder is not a run's, ValueError naming a damaged file.
     """
     folder = Path(folder)
     if not (folder / "args.json").is_file():
@@ -107,12 +121,8 @@ def read_run(folder: Path) -> dict:
     parts = {"metrics": read_jsonl(folder / "metrics.jsonl")}
     for name in ("args", "before", "result"):
         path = folder / f"{name}.json"
-        try:
-            parts[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(parts[name], dict):
-            raise ValueError(f"{path}: expected a JSON object, found {type(parts[name]).__name__}")
+        parts[name] = read_json(path) if path.exists() else {}
+    parts["args"].pop("digests", None)
     return parts
 
 
@@ -157,7 +167,7 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
             lora.save(temporary / "adapter", adapted)
         processor.write(temporary)
         if notes is not None:
-            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n")
+            (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n", encoding="utf-8")
         mode = (temporary / "config.json").stat().st_mode
         for path in filter(Path.is_file, temporary.rglob("*")):
             path.chmod(mode)                # safetensors makes files that only their owner can read
@@ -192,7 +202,7 @@ def keep_student(run: Path, keep: int, seen: dict, save) -> None:
 def keep_best(run: Path, seen: dict, save) -> dict:
     """Save the student as RUN/best if it beats the one there; returns the `seen` of the best."""
     path = run / "best" / "evaluation.json"
-    best = json.loads(path.read_text()) if path.exists() else None
+    best = read_json(path) if path.exists() else None
     if best and best["accuracy"] >= seen["accuracy"]:
         return best
     save(run / "best", seen)
@@ -205,7 +215,10 @@ def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> Non
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"")
+        mode = temporary.stat().st_mode        # what the umask gives; safetensors: only the owner
         save_file(tensors, str(temporary), metadata={"step": str(step)})
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:   # the data must be on disk before the name is
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -224,3 +237,12 @@ def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
             return int(file.metadata()["step"]), {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged or not a saved state: {error}") from None
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of a saved state, None if there is none that can be read."""
+    try:
+        with safe_open(str(folder / "state.safetensors"), framework="pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None

@@ -4,25 +4,97 @@ The idea.  The weights of a real model take an hour to fetch and minutes to load
 and numbers, the settings and tokenizers of both models, and whether they fit each other cost a
 second. So they are looked at first, and what is wrong is one line.
 
-In:  the names that were typed (distill.Config).  Out: the student's Processor; or a ValueError.
+In:  what was typed (distill.Config).  Out: the student's Processor; or a ValueError.
+     Around a script: with one_line("name.py"): whatever ends it is one line on any console.
 """
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import re
+import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
 
 import model as qwen
 import teacher as teaching
-from scale import plan
+from scale import plan, sharding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
 ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
              "flash_attention_3": "flash_attn_interface"}      # name -> the package it needs
+
+
+# ---------------------------------------------------------------------------- how a script ends
+
+@contextmanager
+def one_line(script: str, advice=lambda: ""):
+    """Around a script: wrong input, a failed disk, NaN or Ctrl-C become one line, not a trace.
+
+    advice(): what to add, as what is saved and how to go on. Ctrl-C leaves with the code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # an answer in Chinese must not end a run on cp1252
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        raise SystemExit(f"{script}: {error}{advice()}") from error
+    except KeyboardInterrupt:
+        if sharding.is_main():
+            print(f"\n{script}: stopped{advice()}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def named(place: str):
+    """NaN met in this block is reported with the place, a step or an evaluation, before it."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{place}: {error}") from error
+
+
+# ---------------------------------------------------------------------------- what was typed
+
+def out_of_range(value, low: float, high: float) -> str:
+    """What to say of a number that is out of its range, as NaN always is; empty if it is not."""
+    if low <= value <= high:
+        return ""
+    return f"is {value}, expected " + (f"at least {low:g}" if high == math.inf
+                                       else f"from {low:g} to {high:g}")
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a number in its range."""
+    def read(text):
+        value = kind(text)
+        if wrong := out_of_range(value, low, high):
+            raise argparse.ArgumentTypeError(wrong)
+        return value
+    read.__name__ = kind.__name__       # which argparse shows for what is no number at all
+    return read
+
+
+def check_settings(config) -> None:
+    """Every setting has its type, is one of its choices and lies in its range, or ValueError.
+
+    argparse has seen to some of this, but not for settings that come from a file.
+    """
+    for f in fields(config):
+        value, kind, flag = getattr(config, f.name), type(f.default), f.name.replace("_", "-")
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise ValueError(f"--{flag} is {value!r}, expected {kind.__name__}")
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"--{flag} is {value!r}, none of {', '.join(choices)}")
+        if kind in (int, float) and (wrong := out_of_range(value, *f.metadata["range"])):
+            raise ValueError(f"--{flag} {wrong}")
 
 
 def check_placement(device=None, dtype=None,
@@ -119,6 +191,8 @@ def check_models(config) -> qwen.Processor:
     if config.offload_teacher and config.teacher == "ema":
         raise ValueError("--offload-teacher: an averaged teacher changes at every step, so it must "
                          "stay beside the student")
+    if config.train == "cue" and not config.cue_recovery:
+        raise ValueError("--train cue trains the module only, and --no-cue-recovery leaves it out")
     check_placement(config.device, config.dtype, config.attention)
     if config.teacher == "ema" and config.train in ("cue", "lora"):
         raise ValueError(f"--teacher ema: with --train {config.train} the backbone stays as it is, "
@@ -163,6 +237,14 @@ def check_memory(config) -> None:
     for name in ("sample_batch", "micro_batch_tokens", "score_privilege"):
         setattr(config, name, getattr(sized, name))
     print(said.splitlines()[0])
+
+
+def out_of_memory(config, folder) -> str:
+    """What to do when half the rows and half the micro-batch did not help."""
+    rows, tokens = max(1, config.sample_batch // 2), max(1, config.micro_batch_tokens // 2)
+    return (f"distill.py: out of memory with --sample-batch {config.sample_batch} "
+            f"--micro-batch-tokens {config.micro_batch_tokens}; go on with less: python distill.py "
+            f"--resume {folder} --sample-batch {rows} --micro-batch-tokens {tokens}")
 
 
 def halve(config, student) -> None:

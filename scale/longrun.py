@@ -46,13 +46,20 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL if sharding.world == 1 else signal.SIG_IGN)
+        # the next one raises KeyboardInterrupt, of which checks.one_line makes a line
+        signal.signal(number, signal.default_int_handler if sharding.world == 1
+                      else signal.SIG_IGN)
         self.asked = True
         tqdm.write("stopping after this step")
+
+    def release(self) -> None:
+        """Behind the steps a signal does again what it did before them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # The progress bar without its own guess of the time left, which knows nothing of evaluations.
@@ -71,6 +78,20 @@ class Log:
         self.start, self.begun, self.stop = len(self.rows), time.perf_counter(), StopSignal()
         # a run that is resumed after its end has no step left
         self.end = self.start if spent(self.rows, config) else config.steps
+
+    @contextmanager
+    def saved_first(self, teacher, optimizer):
+        """Around a step: if a picture of it cannot be read, the steps before are saved.
+
+        They are whole, since pictures are read before anything changes. Not so with several
+        processes, of which the others go on: there the state of the last --save-every is left.
+        """
+        try:
+            yield
+        except (ValueError, OSError):
+            if sharding.world == 1 and self.rows:
+                save_state(self.folder, len(self.rows), optimizer, teacher, self.config, False)
+            raise
 
     def seconds(self) -> float:
         """Seconds of the last step, with its evaluation and the save before it.

@@ -1,12 +1,18 @@
 """evaluate.py and data/toy.py: counting, grounded answers, and the toy world's own promises."""
 import hashlib
 import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from benchmarks import readers, run
 from scale import checkpoint
@@ -14,7 +20,8 @@ import evaluate
 import fabricate
 from benchmarks.scores import PAPER_COLUMNS
 import model as qwen
-from data import records as record_files, toy
+from conftest import ROOT
+from data import cues, records as record_files, toy
 from data.leaks import audit
 
 
@@ -85,6 +92,111 @@ def test_command_line_with_a_hint(toy_folder, tmp_path, capsys):
                    "--out", str(tmp_path / "rows.jsonl"), "--device", "cpu"])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
     assert "accuracy" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- never lose an answer
+
+def on_records(toy_folder, out, *more):
+    return ["--model", str(qwen.TINY), "--data", str(toy_folder / "test.jsonl"), "--out", str(out),
+            "--batch-size", "1", "--max-new-tokens", "3", "--device", "cpu", *more]
+
+
+def test_a_killed_evaluation_goes_on_and_draws_the_same(toy_folder, tmp_path, monkeypatch, capsys):
+    """All answers were written at the end: a kill lost hours of them, a missing folder all."""
+    hot, sample, calls = ("--temperature", "1.5", "--seed", "3"), evaluate.sample, []
+    whole, cut = tmp_path / "new" / "folder" / "whole.jsonl", tmp_path / "cut.jsonl"
+    evaluate.main(on_records(toy_folder, whole, *hot))
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+    monkeypatch.setattr(evaluate, "sample", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        evaluate.main(on_records(toy_folder, cut, *hot))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (f"evaluate.py: stopped; 8 answers are in {cut}, the same command goes on")
+    with open(cut, "ab") as file:
+        file.write(whole.read_bytes().split(b"\n")[8] + b'\n{"id": "cut')   # what a kill may leave
+    evaluate.main(on_records(toy_folder, cut, *hot))
+    assert cut.read_bytes() == whole.read_bytes()
+    assert len(calls) == 3 + 2, "of four groups of four the first two are not asked again"
+    monkeypatch.setattr(evaluate, "load", None)              # what follows is refused before
+    for more, message in ((("--seed", "4"), "seed 3, not 4"), (("--limit", "3"), "limit 0, not 3"),
+                          (("--privilege", "cue"), "privilege none, not cue")):
+        with pytest.raises(SystemExit, match=f"was made with {message}"):
+            evaluate.main(on_records(toy_folder, cut, *hot, *more))
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_an_evaluation_does_not_write_over_another_file(toy_folder, tmp_path):
+    """--out test.jsonl by mistake took the place of the records."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "mine"}\n')
+    with pytest.raises(SystemExit, match="cannot be gone on with: give another --out"):
+        evaluate.main(on_records(toy_folder, path))
+    assert path.read_text() == '{"id": "mine"}\n'
+
+
+def test_a_trained_checkpoint_is_not_given_old_answers(toy_folder, tmp_path, monkeypatch):
+    """The folder has the name of the one before; what it answered is another model's."""
+    shutil.copytree(qwen.TINY, tmp_path / "model")
+    argv = on_records(toy_folder, tmp_path / "rows.jsonl", "--model", str(tmp_path / "model"))
+    evaluate.main(argv)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.language_model.norm.weight"] += 1
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(evaluate, "load", None)
+    with pytest.raises(SystemExit, match="was made with checkpoint"):
+        evaluate.main(argv)
+
+
+def test_a_link_to_a_checkpoint_finds_the_run_it_belongs_to(tmp_path, monkeypatch):
+    """`--model LINK` and `--model .` found no args.json, and other questions were asked."""
+    folder = tmp_path / "runs" / "a" / "checkpoint"
+    folder.mkdir(parents=True)
+    checkpoint.write_json(folder.parent / "args.json", {"max_new_tokens": 7, "digests": {}})
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (folder, tmp_path / "link", Path(".")):
+        own = evaluate.run_settings(path)
+        assert own["max_new_tokens"] == 7 and own["min_pixels"] == 0        # an older run's
+    (folder.parent / "args.json").write_text("{")
+    with pytest.raises(ValueError, match="args.json: not valid JSON"):
+        evaluate.run_settings(folder)
+
+
+@pytest.mark.parametrize("main, flags", [
+    (evaluate.main, ["--model", "m"]),
+    (run.main, ["--model", "m", "--benchmark", "mmmu", "--source", "s"]),
+    (cues.main, ["write", "--model", "m", "--data", "d", "--out", "o"])])
+@pytest.mark.parametrize("flag, value", [("--temperature", "-1"), ("--temperature", "nan"),
+                                         ("--limit", "-3"), ("--batch-size", "0"),
+                                         ("--seed", "-1"), ("--max-pixels", "-5")])
+def test_a_flag_out_of_range_is_one_line(main, flags, flag, value, capsys):
+    """Some were accepted, some a trace after minutes."""
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, flag, value])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {flag}: is {value}" in said and "expected" in said
+
+
+def test_a_console_of_another_encoding_loses_no_answer(tmp_path):
+    """cp1252 cannot show most characters: the first answer in Chinese was a trace."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import evaluate, model\n"
+              "evaluate.load = lambda *a, **k: (None, None)\n"
+              "evaluate.evaluate = lambda *a, **k: [evaluate.judge({'id': '1', 'question': 'q', "
+              "'answer': '2'}, '2', True, 1)]\n"
+              "evaluate.table = lambda s: chr(0x5706)\n"
+              "evaluate.main(['--model', sys.argv[2], '--data', sys.argv[3]])")
+    data = tmp_path / "r.jsonl"
+    data.write_text('{"id": "1", "images": [], "question": "圆", "answer": "2"}\n', encoding="utf-8")
+    got = subprocess.run([sys.executable, "-c", script, str(ROOT), str(qwen.TINY), str(data)],
+                         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252",
+                                                   "LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert got.returncode == 0, got.stderr
+    assert b"\\u5706" in got.stdout
 
 
 # ---------------------------------------------------------------------------- the toy world
