@@ -448,8 +448,8 @@ def test_the_hub_says_no_in_one_line_with_advice(hub, tmp_path, refuse, part):
 
 @pytest.mark.parametrize("file, name", [
     ("train/questions.json", "easy-vqa"), ("dev/dev.json", "nlvr"), ("nlvr/dev/dev.json", "nlvr"),
-    ("problems_train.json", "tabmwp"), ("12/data.json", "geometry3k"),
-    ("train/12/data.json", "geometry3k"), ("data/train-00000-of-00001.parquet", "geometry3k")])
+    ("problems_train.json", "tabmwp"), ("12/img_diagram.png", "geometry3k"),
+    ("train/12/img_diagram.png", "geometry3k"), ("data/train-00000-of-00001.parquet", "geometry3k")])
 def test_raw_files_of_a_known_set_name_their_command(tmp_path, file, name):
     assert sources.known_raw(tmp_path) is None
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
