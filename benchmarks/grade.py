@@ -75,6 +75,10 @@ def extract(prediction, labels=None, number=False):
         return None, "unclosed think"
     if labels and not isinstance(labels, dict):
         labels = dict.fromkeys(labels, "")
+    # Small models go on and invent the next question; its options and answer are not this one's.
+    own_part = re.split(r"\n\s{0,9}(?:Question|Hint|Choices):", text, maxsplit=1)[0]
+    if own_part != text and (found := extract(own_part, labels, number))[0] is not None:
+        return found
     unnamed = None, "none"
     for rule, find, *_ in RULES:
         answer = find(text, labels, number)

@@ -51,6 +51,12 @@ KINDS = {
     "The same in a box that says Answer.": [
         (r"\boxed{\text{Answer: D}}", "A", LETTERS, False),
         (r"\boxed{\text{Answer: D}}", "D", LETTERS, True), (r"\boxed{Option D}", "A", LETTERS, False)],
+    "A small model went on and invented another question with another answer.": [
+        ("The answer is (B) 4 cm.\n\nQuestion: How wide?\nChoices:\n(A) 3 cm\n\nAnswer: (A) 3 cm", "A",
+         LENGTHS, False),
+        ("(B) 4 cm.\n\nQuestion: How wide?\n\nAnswer: (A) 3 cm", "B", LENGTHS, True),
+        ("The answer is 5.\n\nHint: Give a number.\nQuestion: How wide?\nAnswer: 6", "5", None, True),
+        ("I repeat it.\nQuestion: How wide?\nThe answer is 6.", "6", None, True)],
     "Label and text contradict each other; the text was taken. It is neither.": [
         ("The correct option letter is C: 40°.", "B", ANGLES, False),
         ("The correct option letter is C: 40°.", "C", ANGLES, False),
