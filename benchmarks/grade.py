@@ -215,7 +215,8 @@ def _last_sentence(text, labels, number):
 
 # Words that make another number of the one before them, and words that do not: 12 \pi is not 12.
 _SCALES = (r"and|or|not|than|more|less|times|plus|minus|dozen|hundred|thousand|half|halves"
-           r"|quarters?|thirds?|\w+[nfxhd]ths?|\w+illion|squared|cubed|sin|cos|tan|log|ln|pi|sqrt")
+           r"|quarters?|thirds?|[a-z]{1,9}[nfxhd]ths?|[a-z]{1,9}illion|squared|cubed|sin|cos|tan"
+           r"|log|ln|pi|sqrt")
 _GOES_BY = re.compile(rf"(?!(?:{_SCALES})\b)[\"'(]?(?:[^\W\d_]{{2}}|a\b|[.,;!?–—)])", re.I)
 _IS = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|needs?|spends?|spent|costs?|total of)\b|[=≈])[\s*_`]{1,4}"
@@ -581,7 +582,7 @@ _ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{?
 _UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
 # A noun that only names what is counted: 210 ways. "5 million" and "2 thirds" are other numbers.
 _NOUN = re.compile(
-    rf"(?<=[\d}})π°]) ?(?!(?:\w+ )*(?:{_SCALES})\b)(?:[A-Za-z]+ )?([A-Za-z]{{3,}}?)s?$")
+    rf"(?<=[\d}})π°]) ?(?!(?:[a-z]+ )?(?:{_SCALES})\b)(?:[a-z]+ )?([a-z]{{3,}}?)s?$", re.I)
 # S_ABC, Area, S.A., |AB|, \tan θ, f(x) or (p, q, r), when "= value" follows.
 _NAME = re.compile(
     r"(?!\\(?:sqrt|frac)\b)(?:m?∠ ?)?([A-Za-zα-ω|\\][\w.| \\∠]{0,40}|\([a-z](?:, ?[a-z])+\))"
