@@ -8,6 +8,7 @@ In, out  grade(response, gold, options, kind, precision) -> Grade(correct, extra
 Equation p and g are the same when, both being exact rationals,   p = g
            otherwise                                              |p - g| <= 1e-6 max(|p|, |g|)
            a gold printed with d >= 2 decimals                    |p - g| <= 10^-d / 2
+           a gold like 4/3, p printed with d >= 5 decimals        |p - g| <= 10^-d
            two equations, at fixed points x_k                     f_p(x_k) = c f_g(x_k), c constant
 Run      python grade.py 'so the answer is \boxed{\frac12}' 0.5
 Copy     this file alone; it needs only the standard library.
