@@ -78,7 +78,9 @@ def extract(prediction, labels=None, number=False):
         labels = dict.fromkeys(labels, "")
     # Small models go on and invent the next question; its options and answer are not this one's.
     own_part = re.split(r"\n\s{0,9}(?:Question|Hint|Choices):", text, maxsplit=1)[0]
-    if own_part != text and (found := extract(own_part, labels, number))[0] is not None:
+    found = extract(own_part, labels, number) if own_part != text else (None, "none")
+    if found[0] is not None and (found[1] in ("boxed", "tag", "commit") or
+                                 (labels or number) and not _boxed(text)):
         return found
     unnamed = None, "none"
     for rule, find, *_ in RULES:

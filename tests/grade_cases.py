@@ -56,7 +56,9 @@ KINDS = {
          LENGTHS, False),
         ("(B) 4 cm.\n\nQuestion: How wide?\n\nAnswer: (A) 3 cm", "B", LENGTHS, True),
         ("The answer is 5.\n\nHint: Give a number.\nQuestion: How wide?\nAnswer: 6", "5", None, True),
-        ("I repeat it.\nQuestion: How wide?\nThe answer is 6.", "6", None, True)],
+        ("I repeat it.\nQuestion: How wide?\nThe answer is 6.", "6", None, True),
+        ("I repeat it.\nQuestion: Which month?\nThe answer is May.", "May", None, True),
+        ("There are 3 things.\nQuestion: How many are red?\n\\boxed{2}", "2", None, True)],
     "Label and text contradict each other; the text was taken. It is neither.": [
         ("The correct option letter is C: 40°.", "B", ANGLES, False),
         ("The correct option letter is C: 40°.", "C", ANGLES, False),
