@@ -228,7 +228,7 @@ _IS = re.compile(
 
 def _in_sentence(sentence, labels=None):
     """The number or option of which it says "is"; "" if it says so of two, None if of none."""
-    names = "|".join(map(re.escape, labels or "\0"))
+    names = "|".join(map(re.escape, labels or ())) or "(?!)"        # (?!) matches nothing
     label = rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)(?=(.*))"
     found = [*re.finditer(label, sentence[-MAX_CHARS:], re.S)]
     if found and (len({match[2] for match in found}) > 1 or _NEGATION.search(sentence)):

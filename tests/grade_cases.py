@@ -36,6 +36,8 @@ KINDS = {
          [r"$T_{1}=105^{\circ}C,T_{2}=700^{\circ}C$", r"$T_{1}=100^{\circ}C,T_{2}=550^{\circ}C$"], False),
         (r"(A) $T_{1}=105^{\circ}C$", "A", [r"$T_{1}=105^{\circ}C$", r"$T_{1}=100^{\circ}C$"], True),
         (r"\boxed{t > 20^{\circ}C}", "B", [r"t > 10^{\circ}C", r"t > 20^{\circ}C"], True)],
+    "Without options a zero byte stood for the labels, and '(\\0)' is in a hostile text.": [
+        ("The value of (\0)if .", "15.5", None, False), ("It is (\0) 5.", "4", None, False)],
     # ---- a wrong answer counted
     "s, s+ and s* were one option once the star was taken for bold type (MMMU-val).": [
         ("A", "C", ["s", "s+", "s*", "ss"], False), ("C", "C", ["s", "s+", "s*", "ss"], True),
