@@ -50,7 +50,7 @@ from tqdm import tqdm
 import evaluate
 import model as qwen
 import teacher as teaching
-from data import records as record_files, toy
+from data import records as record_files, sources, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
@@ -348,6 +348,9 @@ def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
     """Training and test records, checked; prompts over the limit left out and counted."""
     config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
+    for path in (config.data, config.eval_data):
+        if command := sources.known_raw(path):
+            raise ValueError(f"{path} holds raw files, not records; make records of them: {command}")
     needs = () if config.privilege == "none" else (config.privilege,)
     out = []
     for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):

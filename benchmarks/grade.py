@@ -8,6 +8,7 @@ In, out  grade(response, gold, options, kind, precision) -> Grade(correct, extra
 Equation p and g are the same when, both being exact rationals,   p = g
            otherwise                                              |p - g| <= 1e-6 max(|p|, |g|)
            a gold printed with d >= 2 decimals                    |p - g| <= 10^-d / 2
+           a gold like 4/3, p printed with d >= 5 decimals        |p - g| <= 10^-d
            two equations, at fixed points x_k                     f_p(x_k) = c f_g(x_k), c constant
 Run      python grade.py 'so the answer is \boxed{\frac12}' 0.5
 Copy     this file alone; it needs only the standard library.
@@ -75,6 +76,12 @@ def extract(prediction, labels=None, number=False):
         return None, "unclosed think"
     if labels and not isinstance(labels, dict):
         labels = dict.fromkeys(labels, "")
+    # Small models go on and invent the next question; its options and answer are not this one's.
+    own_part = re.split(r"\n\s{0,9}(?:Question|Hint|Choices):", text, maxsplit=1)[0]
+    found = extract(own_part, labels, number) if own_part != text else (None, "none")
+    if found[0] is not None and (found[1] in ("boxed", "tag", "commit") or
+                                 (labels or number) and not _boxed(text)):
+        return found
     unnamed = None, "none"
     for rule, find, *_ in RULES:
         answer = find(text, labels, number)
@@ -211,7 +218,8 @@ def _last_sentence(text, labels, number):
 
 # Words that make another number of the one before them, and words that do not: 12 \pi is not 12.
 _SCALES = (r"and|or|not|than|more|less|times|plus|minus|dozen|hundred|thousand|half|halves"
-           r"|quarters?|thirds?|\w+[nfxhd]ths?|\w+illion|squared|cubed|sin|cos|tan|log|ln|pi|sqrt")
+           r"|quarters?|thirds?|[a-z]{1,9}[nfxhd]ths?|[a-z]{1,9}illion|squared|cubed|sin|cos|tan"
+           r"|log|ln|pi|sqrt")
 _GOES_BY = re.compile(rf"(?!(?:{_SCALES})\b)[\"'(]?(?:[^\W\d_]{{2}}|a\b|[.,;!?–—)])", re.I)
 _IS = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|needs?|spends?|spent|costs?|total of)\b|[=≈])[\s*_`]{1,4}"
@@ -220,7 +228,7 @@ _IS = re.compile(
 
 def _in_sentence(sentence, labels=None):
     """The number or option of which it says "is"; "" if it says so of two, None if of none."""
-    names = "|".join(map(re.escape, labels or "\0"))
+    names = "|".join(map(re.escape, labels or ())) or "(?!)"        # (?!) matches nothing
     label = rf"(\b(?:is|are|be|was|option|choose)\s[*_]{{0,3}})?\(({names})\)(?=(.*))"
     found = [*re.finditer(label, sentence[-MAX_CHARS:], re.S)]
     if found and (len({match[2] for match in found}) > 1 or _NEGATION.search(sentence)):
@@ -577,7 +585,7 @@ _ONE = f"(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))})" + r"(?: ?\^ ?\{?
 _UNIT = re.compile(rf"(?<![A-Za-z\\_])((?:square|sq\.?) |cubic )?({_ONE}(?: ?(?:/|per) ?{_ONE})?)$")
 # A noun that only names what is counted: 210 ways. "5 million" and "2 thirds" are other numbers.
 _NOUN = re.compile(
-    rf"(?<=[\d}})π°]) ?(?!(?:\w+ )*(?:{_SCALES})\b)(?:[A-Za-z]+ )?([A-Za-z]{{3,}}?)s?$")
+    rf"(?<=[\d}})π°]) ?(?!(?:[a-z]+ )?(?:{_SCALES})\b)(?:[a-z]+ )?([a-z]{{3,}}?)s?$", re.I)
 # S_ABC, Area, S.A., |AB|, \tan θ, f(x) or (p, q, r), when "= value" follows.
 _NAME = re.compile(
     r"(?!\\(?:sqrt|frac)\b)(?:m?∠ ?)?([A-Za-zα-ω|\\][\w.| \\∠]{0,40}|\([a-z](?:, ?[a-z])+\))"

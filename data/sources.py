@@ -211,8 +211,8 @@ def decode(content):
 # parquet file is from cannot be seen from its name: hub data sets in these columns share it.
 LAYOUTS = (("train/questions.json", "easy-vqa"), ("train/train.json", "nlvr"),
            ("dev/dev.json", "nlvr"), ("test/test.json", "nlvr"), ("problems_*.json", "tabmwp"),
-           ("data.json", "geometry3k"), ("*/data.json", "geometry3k"),
-           ("*/*/data.json", "geometry3k"), ("*.parquet", "geometry3k (or vision-r1)"))
+           ("*/img_diagram.png", "geometry3k"), ("*/*/img_diagram.png", "geometry3k"),
+           ("*.parquet", "geometry3k (or vision-r1)"))
 
 
 def known_raw(folder):

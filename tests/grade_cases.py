@@ -36,6 +36,8 @@ KINDS = {
          [r"$T_{1}=105^{\circ}C,T_{2}=700^{\circ}C$", r"$T_{1}=100^{\circ}C,T_{2}=550^{\circ}C$"], False),
         (r"(A) $T_{1}=105^{\circ}C$", "A", [r"$T_{1}=105^{\circ}C$", r"$T_{1}=100^{\circ}C$"], True),
         (r"\boxed{t > 20^{\circ}C}", "B", [r"t > 10^{\circ}C", r"t > 20^{\circ}C"], True)],
+    "Without options a zero byte stood for the labels, and '(\\0)' is in a hostile text.": [
+        ("The value of (\0)if .", "15.5", None, False), ("It is (\0) 5.", "4", None, False)],
     # ---- a wrong answer counted
     "s, s+ and s* were one option once the star was taken for bold type (MMMU-val).": [
         ("A", "C", ["s", "s+", "s*", "ss"], False), ("C", "C", ["s", "s+", "s*", "ss"], True),
@@ -51,6 +53,14 @@ KINDS = {
     "The same in a box that says Answer.": [
         (r"\boxed{\text{Answer: D}}", "A", LETTERS, False),
         (r"\boxed{\text{Answer: D}}", "D", LETTERS, True), (r"\boxed{Option D}", "A", LETTERS, False)],
+    "A small model went on and invented another question with another answer.": [
+        ("The answer is (B) 4 cm.\n\nQuestion: How wide?\nChoices:\n(A) 3 cm\n\nAnswer: (A) 3 cm", "A",
+         LENGTHS, False),
+        ("(B) 4 cm.\n\nQuestion: How wide?\n\nAnswer: (A) 3 cm", "B", LENGTHS, True),
+        ("The answer is 5.\n\nHint: Give a number.\nQuestion: How wide?\nAnswer: 6", "5", None, True),
+        ("I repeat it.\nQuestion: How wide?\nThe answer is 6.", "6", None, True),
+        ("I repeat it.\nQuestion: Which month?\nThe answer is May.", "May", None, True),
+        ("There are 3 things.\nQuestion: How many are red?\n\\boxed{2}", "2", None, True)],
     "Label and text contradict each other; the text was taken. It is neither.": [
         ("The correct option letter is C: 40°.", "B", ANGLES, False),
         ("The correct option letter is C: 40°.", "C", ANGLES, False),

@@ -176,7 +176,8 @@ def test_rollout_needs_torch_only():
 PARTS = {"distill.py": [], "evaluate.py": [], "analysis/probe.py": [], "analysis/report.py": [],
          "analysis/compare.py": [], "benchmarks/run.py": [], "data/cues.py": ["write", "audit"],
          "data/toy.py": [], "data/make_tiny.py": [],
-         "data/prepare.py": ["easy-vqa", "geometry3k", "vision-r1", "jsonl", "contamination"]}
+         "data/prepare.py": ["easy-vqa", "geometry3k", "nlvr", "tabmwp", "vision-r1", "jsonl",
+                             "contamination"]}
 
 
 @pytest.fixture(scope="module")

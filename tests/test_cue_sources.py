@@ -186,8 +186,8 @@ FORM = {"diagram_logic_form": ["Equals(LengthOf(Line(A, B)), 10)",
         "point_positions": {"A": [154, 1], "B": [1, 236], "C": [152, 237]}}
 BY_PLACE = ("The segment from the vertex at the top right to the vertex at the bottom left is "
             "marked 10. The segment from the vertex at the top right to the vertex at the bottom "
-            "right is marked y. The angle at the vertex at the bottom left is marked 60°. The angle at the "
-            "vertex at the bottom right is marked as a right angle.")
+            "right is marked y. The angle at the vertex at the bottom left is marked 60°. The angle "
+            "at the vertex at the bottom right is marked as a right angle.")
 BY_LETTER = ("The segment AB is marked 10. The segment AC is marked y. The angle ABC is marked "
              "60°. The angle ACB is marked as a right angle.")
 
@@ -448,8 +448,9 @@ def test_the_hub_says_no_in_one_line_with_advice(hub, tmp_path, refuse, part):
 
 @pytest.mark.parametrize("file, name", [
     ("train/questions.json", "easy-vqa"), ("dev/dev.json", "nlvr"), ("nlvr/dev/dev.json", "nlvr"),
-    ("problems_train.json", "tabmwp"), ("12/data.json", "geometry3k"),
-    ("train/12/data.json", "geometry3k"), ("data/train-00000-of-00001.parquet", "geometry3k")])
+    ("problems_train.json", "tabmwp"), ("12/img_diagram.png", "geometry3k"),
+    ("train/12/img_diagram.png", "geometry3k"),
+    ("data/train-00000-of-00001.parquet", "geometry3k")])
 def test_raw_files_of_a_known_set_name_their_command(tmp_path, file, name):
     assert sources.known_raw(tmp_path) is None
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def test_a_killed_evaluation_goes_on_and_draws_the_same(toy_folder, tmp_path, mo
     evaluate.main(on_records(toy_folder, cut, *hot))
     assert cut.read_bytes() == whole.read_bytes()
     assert len(calls) == 3 + 2, "of four groups of four the first two are not asked again"
-    monkeypatch.setattr(evaluate, "load", None)              # what follows is refused before
+    monkeypatch.setattr(evaluate.qwen, "load", None)              # what follows is refused before
     for more, message in ((("--seed", "4"), "seed 3, not 4"), (("--limit", "3"), "limit 0, not 3"),
                           (("--privilege", "cue"), "privilege none, not cue")):
         with pytest.raises(SystemExit, match=f"was made with {message}"):
@@ -147,7 +147,7 @@ def test_a_trained_checkpoint_is_not_given_old_answers(toy_folder, tmp_path, mon
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.language_model.norm.weight"] += 1
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(evaluate.qwen, "load", None)
     with pytest.raises(SystemExit, match="was made with checkpoint"):
         evaluate.main(argv)
 
