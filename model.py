@@ -40,6 +40,7 @@ import json
 import math
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -54,6 +55,8 @@ SYSTEM = "You are a helpful assistant."  # PAPER table 4
 INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    # to be graded
 PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
+BIG = 16_000_000             # pixels of a picture that is decoded when no other such one is
+DECODER = ThreadPoolExecutor(1)
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -339,7 +342,7 @@ class Processor:
         if pictures_from is not None:
             return replace(pictures_from, ids=self._ids(record, hint, pictures_from.grids))
         images = record.get("images", [])
-        grids = [self._open(source, record)[1] for source in images]
+        grids = [self._grid(source, record) for source in images]
         prompt = Prompt(self._ids(record, hint, grids), grids=grids)
         if images:
             prompt.pixels = torch.cat([self._pixels([source], grid, record)
@@ -351,7 +354,7 @@ class Processor:
 
     def length(self, record: dict, hint: str | None = None) -> int:
         """Tokens that prompt() will give, without decoding the pictures (only their headers)."""
-        grids = [self._open(source, record)[1] for source in record.get("images", [])]
+        grids = [self._grid(source, record) for source in record.get("images", [])]
         return len(self._ids(record, hint, grids))
 
     def _ids(self, record, hint, grids) -> list[int]:
@@ -415,32 +418,27 @@ class Processor:
 
     # -- pictures and videos
 
-    def _open(self, source, record, budget=math.inf) -> tuple[Image.Image, tuple[int, int, int]]:
-        """A picture, not decoded where that can wait, and the grid of patches it is resized to."""
+    def _grid(self, source, record, budget=math.inf) -> tuple[int, int, int]:
+        """The grid of patches that a picture is resized to."""
         budget = min(self.max_pixels, budget)
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(source)
-            height, width = image.height, image.width
-            if image.getexif().get(0x0112) in range(5, 9):      # EXIF: stored on its side
-                height, width = width, height
-            height, width = fit(height, width, self.patch * self.merge,
+            height, width = fit(*read_picture(source, upright_size), self.patch * self.merge,
                                 min(self.min_pixels, budget), budget)
         except Exception as error:  # Pillow's readers raise many kinds, and so does fit()
             raise ValueError(f"record {record.get('id', '?')}: cannot read picture {source}: "
                              f"{error}") from error
-        return image, (1, height // self.patch, width // self.patch)
+        return 1, height // self.patch, width // self.patch
 
     def _pixels(self, sources: list, grid: tuple[int, int, int], record) -> torch.Tensor:
         """The patches of one picture, or of the frames of one video, resized to `grid`."""
         frames, size = [], (grid[2] * self.patch, grid[1] * self.patch)
         for source in sources:
-            image, _ = self._open(source, record)
             try:
-                image = to_rgb(image)
+                frames.append(np.asarray(read_picture(
+                    source, lambda image: to_rgb(image).resize(size, Image.Resampling.BICUBIC))))
             except Exception as error:  # as above: the AVIF reader, for one, raises RuntimeError
                 raise ValueError(f"record {record.get('id', '?')}: cannot decode picture {source}: "
                                  f"{error}") from error
-            frames.append(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
         return patchify(np.stack(frames), self.patch, self.merge, self.temporal)[0]
 
     def _moments(self, record) -> tuple[tuple[int, int, int], list[float]]:
@@ -460,7 +458,7 @@ class Processor:
             raise ValueError(f"{where}: {len(frames)} frames but {len(times)} times in \"seconds\"")
         times += times[-1:] * (-len(times) % self.temporal)
         # All moments share the size of the first frame; the whole film has a budget of its own.
-        _, (_, gh, gw) = self._open(frames[0], record, self.video_pixels // len(times))
+        _, gh, gw = self._grid(frames[0], record, self.video_pixels // len(times))
         last = self.temporal - 1
         return (len(times) // self.temporal, gh, gw), [
             (times[i] + times[i + last]) / 2 for i in range(0, len(times), self.temporal)]
@@ -511,6 +509,22 @@ class Processor:
 
 
 # ---------------------------------------------------------------------------- pictures
+
+def read_picture(source, call):
+    """call(picture), the picture being a PIL image or a path. Large ones all go to one thread.
+
+    108 megapixels take 1.3 GB while they are decoded, and a thread keeps what it once had.
+    """
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    large = image.width * image.height > BIG
+    return DECODER.submit(call, image).result() if large else call(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) as a viewer shows it: EXIF says if a picture is stored on its side."""
+    turned = image.getexif().get(0x0112) in range(5, 9)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The RGB picture a viewer would show: upright, on white, 16-bit scaled instead of clipped."""

@@ -126,12 +126,11 @@ import model as qwen  # noqa: E402
 from rollout import sample  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    """run(cwd, argv, die=, limit=) -> (exit code, what was printed)."""
+@contextlib.contextmanager
+def forking(log: Path):
+    """run(cwd, argv, die=, limit=) -> (exit code, what was printed). log: a file to write to."""
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = tmp_path_factory.mktemp("log") / "log"
 
     def run(cwd, argv=(), **more):
         log.write_text("")
@@ -143,6 +142,12 @@ def runner(tmp_path_factory):
     yield run
     process.stdin.close()
     process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    with forking(tmp_path_factory.mktemp("log") / "log") as run:
+        yield run
 
 
 SMALL = ["--batch-size", "2", "--sample-batch", "2", "--max-new-tokens", "3", "--eval-limit", "3",
