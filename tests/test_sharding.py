@@ -23,6 +23,7 @@ from scale import checkpoint
 import cue_recovery
 import distill
 import model as qwen
+from data import records as record_files
 from scale import sharding
 
 # 5 prompts on 2 ranks, some without a picture, one row a micro-batch: nothing is even.
@@ -96,7 +97,7 @@ def bfloat16_step() -> None:
     shards = [sum(p.to_local().untyped_storage().nbytes() for _, p in weights)]
     with sharding.gathered(student):
         whole = sum(p.untyped_storage().nbytes() for p in student.parameters())
-    records = distill.record_files.load("pictures.jsonl", ())[:2]
+    records = record_files.load("pictures.jsonl", ())[:2]
     metrics, _ = distill.run_step(student, teacher, processor, records, config, 0, optimizer,
                                   distill.scale_for(config, student, teacher, processor))
     shards.append(sum(p.to_local().untyped_storage().nbytes() for _, p in weights))
