@@ -12,12 +12,14 @@ picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled 
 token by token. At inference nothing is changed: no hint, the picture must do.
 
 In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint for AutoModel.
+Read training_step first. What is not the method (memory, saving, several processes) is in scale/.
 
 The one equation (eq. 6-8, with the exact divergence in place of its one-sample estimate):
     L = mean over prompts of 1/|y| sum_n D( p_T(. | X, S, y_<n), p_theta(. | X, y_<n) ), y ~ p_theta
 
 Run
     python distill.py                                            the tiny default: minutes on a CPU
+    python distill.py --student Qwen/Qwen3-VL-2B-Instruct        on a drawn world of its own size
     python distill.py --student Qwen/Qwen3-VL-2B-Instruct --data my/train.jsonl
     python distill.py --resume runs/NAME                         goes on where it was killed
 
@@ -198,7 +200,7 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     """The algorithm, in the paper's four steps. Returns what was measured, and the rollout.
 
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
-    scale: what scale/ adds for speed, memory or several processes; Scale() is the plain thing.
+    scale: what scale/ adds; Scale() is the plain thing.
     """
     sums, K = Sums(), config.samples_per_prompt
     # 1) prompts: what the student sees, and the same with the privilege in it
