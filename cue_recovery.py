@@ -197,26 +197,27 @@ class CueRecovery(nn.Module):
                              "say where the prompt ends: `with model.cue_recovery.prompt(end):`")
         return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
 
+    @contextmanager
     def prompt(self, end):
         """`with cue.prompt(end):` prompts end before column `end`, and responses may follow.
 
         end: one column for all rows, or (B,) for each its own. sink="last" needs it where no cache
         tells that only the prompt is there; sink="first" ignores it.
         """
-        return self._for_a_while("end", end)
-
-    def off(self):
-        """`with cue.off():` the stock model, so that a frozen backbone can teach without a copy."""
-        return self._for_a_while("muted", True)
-
-    @contextmanager
-    def _for_a_while(self, name: str, value):
-        was = getattr(self, name)
-        setattr(self, name, value)
+        self.end = end
         try:
             yield
         finally:
-            setattr(self, name, was)
+            self.end = None
+
+    @contextmanager
+    def off(self):
+        """`with cue.off():` the stock model, so that a frozen backbone can teach without a copy."""
+        was, self.muted = self.muted, True
+        try:
+            yield
+        finally:
+            self.muted = was
 
     def detach(self) -> None:
         """Remove every hook; the model is the stock model again."""

@@ -50,11 +50,10 @@ from tqdm import tqdm
 import evaluate
 import model as qwen
 import teacher as teaching
-from data import records as record_files, sources, toy
 from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
-from scale.build import build_models
+from scale.build import build_models, print_settings
 from scale.decoder import FastDecoder
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
@@ -156,10 +155,6 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
 OLDER = dict(threads=0, before_limit=0, instruction="")
 
 
-def is_tiny(student: str) -> bool:
-    return Path(student).resolve() == qwen.TINY
-
-
 def read_config(argv=None) -> tuple[Config, Path | None]:
     """Settings from the command line; with --resume those of the run, and its folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -184,7 +179,7 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
         if resume:
             typed = {**OLDER, **identity.settings_of_run(Path(resume), typed,
                                                           Config.__dataclass_fields__)}
-        elif is_tiny(typed.get("student", qwen.TINY)):
+        elif checks.is_tiny(typed.get("student", qwen.TINY)):
             typed = {**TOY, **typed}
         config = Config(**typed)
         # the process as well: runs that start in the same second are two
@@ -344,36 +339,6 @@ class Scale:
 
 # ---------------------------------------------------------------------------- the run
 
-def prepare_data(config: Config, processor) -> tuple[list[dict], list[dict]]:
-    """Training and test records, checked; prompts over the limit left out and counted."""
-    config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
-    config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
-    for path in (config.data, config.eval_data):
-        if command := sources.known_raw(path):
-            raise ValueError(f"{path} holds raw files, not records; make records of them: {command}")
-    needs = () if config.privilege == "none" else (config.privilege,)
-    out = []
-    for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):
-        out.append([{"instruction": config.instruction, **record}
-                    for record in record_files.load(path, needs)][:limit])
-    if config.train == "cue" and not any(r["images"] or r.get("video") for r in out[0]):
-        raise ValueError(f"{config.data}: no record has a picture, so --train cue would train "
-                         "nothing: the module asks the picture")
-    record_files.check_pictures(out[0] + out[1], config.check)
-    for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
-        # the teacher's prompt is the student's and a line more, so its length decides for both
-        kept = [r for r in tqdm(out[n], f"{kind} prompts", disable=None, leave=False)
-                if processor.length(r, teaching.hint(r, config.privilege))
-                <= config.max_prompt_tokens]
-        if not kept:
-            raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
-                             f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
-        print(f"{len(kept)} {kind} records from {path}, {len(out[n]) - len(kept)} left out as "
-              f"longer than {config.max_prompt_tokens} tokens")
-        out[n] = kept
-    return tuple(out)
-
-
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
     """The records of this step: an endless reading in epochs, each shuffled by (seed, epoch)."""
     out, orders = [], {}
@@ -411,19 +376,6 @@ def scale_for(config: Config, student, teacher, processor) -> Scale:
         scale.read_pictures = lambda prompts: vision.read_once(
             prompts, student, teacher, rows=config.sample_batch)
     return scale
-
-
-def print_settings(config: Config, student, teacher, weights) -> None:
-    print("\n".join(f"  {name:22} {value}" for name, value in asdict(config).items()))
-    millions = {name: sum(p.numel() for p in parameters) / 1e6 for name, parameters in (
-        ("student", student.parameters()), ("teacher", teacher.parameters()),
-        ("trained", (p for _, p in weights)))}
-    print(", ".join(f"{name} {size:.2f} M" for name, size in millions.items())
-          + f" parameters, {student.dtype} on {student.device}, {torch.get_num_threads()} threads")
-    cue = getattr(student, "cue_recovery", None)
-    if cue is not None:
-        print(f"cue recovery before layers {[layer + 1 for layer in cue.settings()['layers']]}: "
-              f"{sum(p.numel() for p in cue.parameters()) / 1e6:.2f} M parameters")
 
 
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
@@ -585,7 +537,7 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
         processor = checks.check_models(config)
-        train, test = prepare_data(config, processor)
+        train, test = checks.check_data(config, processor)
     if sharding.is_main():
         checks.check_memory(config)
     config = sharding.from_main(config)

@@ -37,7 +37,8 @@ from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
 from rollout import sample
 from scale import checks
-from scale.checkpoint import append_jsonl, read_json, read_jsonl, read_run, write_json, write_jsonl
+from scale.answers import answer_into, saved_answers
+from scale.checkpoint import read_jsonl, read_run
 from scale.checks import number, one_line
 from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
@@ -115,43 +116,6 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 
 
 # ---------------------------------------------------------------------------- never lose an answer
-
-def check_saved(path: Path, rows: list[dict], records: list[dict], before: dict,
-                settings: dict) -> None:
-    """ValueError unless the answers that an earlier start left are to these records and settings.
-
-    The file is written anew when it goes on: what is not asked now would get lost.
-    """
-    changed = [f"{key} {before[key]}, not {settings.get(key)}"
-               for key in before if before[key] != settings.get(key)]
-    if changed:
-        raise ValueError(f"{path} was made with {'; '.join(changed)}: give another --out")
-    ids = {record["id"] for record in records}
-    strange = [row.get("id") for row in rows if row.get("id") not in ids]
-    if strange:
-        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
-                         f"{strange[0]}: give another --out, or the records and --limit of then")
-
-
-def answer_into(path: Path, rows: list[dict], model, processor, records: list[dict], *,
-                header=(), label: str = "", batch_size: int = 64, **settings) -> list[dict]:
-    """Answer what `rows`, saved earlier, lack, each group written when it is done; all rows.
-
-    header: lines in front of the rows. A half group that a kill left is drawn again as a whole, so
-    the file is that of a process that nobody killed.
-    """
-    group = GROUP * batch_size
-    if len(rows) < len(records):
-        rows = rows[:len(rows) // group * group]
-    write_jsonl(path, [*header, *rows])
-    groups = answer(model, processor, records, done={row["id"] for row in rows},
-                    batch_size=batch_size, **settings)
-    for answered in tqdm(groups, label, total=-(-(len(records) - len(rows)) // group)):
-        for row in answered:
-            append_jsonl(path, row)
-        rows += answered
-    return rows
-
 
 # ---------------------------------------------------------------------------- count
 
@@ -310,7 +274,7 @@ def main_records(args) -> None:
                for record in record_files.load(data, needs)[:limit or None]]
     record_files.check_pictures(records)
     decoding = {name: getattr(args, name) for name in DECODING}
-    asked = {"hint": lambda r: teaching.hint(r, args.privilege), "label": "evaluate", **decoding}
+    asked = {"hint": lambda r: teaching.hint(r, args.privilege), **decoding}
     if args.out:
         pixels = {name: getattr(args, name) or own[name] for name in ("min_pixels", "max_pixels")}
         rows = saved_answers(Path(args.out), records, {
@@ -318,23 +282,12 @@ def main_records(args) -> None:
             "checkpoint": checkpoint_digest(qwen.find_folder(args.model)),
             "instruction": instruction, **decoding, **pixels})
         model, processor = load_asked(args, own)
-        rows = answer_into(Path(args.out), rows, model, processor, records, **asked)
+        rows = answer_into(Path(args.out), rows, records, GROUP * args.batch_size, label="evaluate",
+                           ask=lambda done: answer(model, processor, records, done=done, **asked))
     else:
-        rows = evaluate(*load_asked(args, own), records, **asked)
+        rows = evaluate(*load_asked(args, own), records, label="evaluate", **asked)
     print(f"{args.model} on {data}")
     print(table({Path(args.model).resolve().name: summarise(rows)}))
-
-
-def saved_answers(out: Path, records: list[dict], settings: dict) -> list[dict]:
-    """Rows of an earlier start of the same command. Its settings stand in OUT.settings.json."""
-    path = out.with_name(out.name + ".settings.json")
-    if out.exists() and out.stat().st_size and not path.exists():
-        raise ValueError(f"{out} exists, and {path.name} beside it does not, so it cannot be gone "
-                         "on with: give another --out")
-    rows = read_jsonl(out)
-    check_saved(out, rows, records, read_json(path) if rows else {}, settings)
-    write_json(path, settings)
-    return rows
 
 
 def main_ask(args) -> None:

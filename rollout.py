@@ -106,7 +106,8 @@ class PlainDecoder:
 
     def prefill(self, batch, K: int):
         """The cache (B rows), and for B K rows: logits (B K, V), mask (B K, L), next position."""
-        mask, positions = batch["attention_mask"], rope_positions(self.model, batch)
+        mask, positions = batch["attention_mask"], batch.get("position_ids")
+        positions = rope_positions(self.model, batch) if positions is None else positions
         output = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True,
                             position_ids=positions, logits_to_keep=1,
                             **{k: batch[k] for k in PICTURES if k in batch})
@@ -298,9 +299,7 @@ def _invert_cdf(probs, uniform, block: int = 128):
 # ---------------------------------------------------------------------------- positions
 
 def rope_positions(model, batch) -> torch.Tensor:
-    """(3, B, L) M-RoPE positions: the batch's own, or the model's rule for a batch without them."""
-    if "position_ids" in batch:
-        return batch["position_ids"]
+    """(3, B, L) M-RoPE positions by the model's own rule, for a batch that brings none."""
     ids, rule, config = batch["input_ids"], model.model.get_rope_index, model.config
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     return rule(input_ids=ids, mm_token_type_ids=kinds, attention_mask=batch["attention_mask"],

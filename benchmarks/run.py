@@ -22,10 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import readers, scores  # noqa: E402
 from benchmarks.counting import interval, percent  # noqa: E402
-from evaluate import (add_decoding, answer_into, check_saved, judge, load_asked,  # noqa: E402
+from evaluate import (GROUP, add_decoding, answer, judge, load_asked,  # noqa: E402
                       run_settings, summarise)
 from model import find_folder, quiet  # noqa: E402
 from scale import checkpoint  # noqa: E402
+from scale.answers import answer_into, check_saved  # noqa: E402
 from scale.checks import number, one_line  # noqa: E402
 from scale.identity import checkpoint_digest  # noqa: E402
 
@@ -51,8 +52,8 @@ def run_benchmark(name: str, items: list[dict], args, model, processor) -> dict:
         rows = [judge(by_id[r["id"]], r["response"], r["stopped"], r["length"]) for r in rows]
         checkpoint.write_jsonl(path, [header, *rows])
     else:
-        rows = answer_into(path, rows, model, processor, items, header=[header], label=name,
-                           **decoding)
+        rows = answer_into(path, rows, items, GROUP * args.batch_size, header=[header], label=name,
+                           ask=lambda done: answer(model, processor, items, done=done, **decoding))
     file = readers.describe(items, readable=lambda item: judge(
         item, f"\\boxed{{{first_gold(item)}}}", True, 0)["correct"])
     return summarise(rows) | scores.aggregate(name, rows, items) | {"file": file}

@@ -8,6 +8,10 @@ In:  the settings (distill.Config).  Out: student (with the module), teacher (wi
 """
 from __future__ import annotations
 
+from dataclasses import asdict
+
+import torch
+
 import cue_recovery
 import model as qwen
 import teacher as teaching
@@ -52,3 +56,16 @@ def build_models(config):
     for model in (student, teacher):         # last: by now every hook is registered
         sharding.shard(model)
     return student, teacher, processor
+
+
+def print_settings(config, student, teacher, weights) -> None:
+    print("\n".join(f"  {name:22} {value}" for name, value in asdict(config).items()))
+    millions = {name: sum(p.numel() for p in parameters) / 1e6 for name, parameters in (
+        ("student", student.parameters()), ("teacher", teacher.parameters()),
+        ("trained", (p for _, p in weights)))}
+    print(", ".join(f"{name} {size:.2f} M" for name, size in millions.items())
+          + f" parameters, {student.dtype} on {student.device}, {torch.get_num_threads()} threads")
+    cue = getattr(student, "cue_recovery", None)
+    if cue is not None:
+        print(f"cue recovery before layers {[layer + 1 for layer in cue.settings()['layers']]}: "
+              f"{sum(p.numel() for p in cue.parameters()) / 1e6:.2f} M parameters")

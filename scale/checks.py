@@ -17,11 +17,14 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import model as qwen
 import teacher as teaching
+from data import records as record_files, sources, toy
 from scale import plan, sharding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -182,6 +185,11 @@ def small_files(name, min_pixels=None, max_pixels=None) -> qwen.Processor:
     return qwen.Processor(folder, min_pixels, max_pixels)
 
 
+def is_tiny(student) -> bool:
+    """Is this the checkpoint that ships with the project, whose defaults are others?"""
+    return Path(student).resolve() == qwen.TINY
+
+
 def check_models(config) -> qwen.Processor:
     """The student's processor, after all that the small files of both models can tell.
 
@@ -216,6 +224,39 @@ def check_models(config) -> qwen.Processor:
                              "Instruct teacher for an Instruct student, or both Thinking")
         print(f"stop ids: student {sorted(student.stop_ids)}, teacher {sorted(teacher.stop_ids)}")
     return processors[0]
+
+
+def check_data(config, processor) -> tuple[list[dict], list[dict]]:
+    """Training and test records; prompts over the limit are left out and counted, never cut.
+
+    Without --data: a drawn world of the student's size. Raises ValueError by file and line.
+    """
+    config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
+    config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
+    for path in (config.data, config.eval_data):
+        if command := sources.known_raw(path):
+            raise ValueError(f"{path} holds raw files, not records; make records of them: {command}")
+    needs = () if config.privilege == "none" else (config.privilege,)
+    out = []
+    for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):
+        out.append([{"instruction": config.instruction, **record}
+                    for record in record_files.load(path, needs)][:limit])
+    if config.train == "cue" and not any(r["images"] or r.get("video") for r in out[0]):
+        raise ValueError(f"{config.data}: no record has a picture, so --train cue would train "
+                         "nothing: the module asks the picture")
+    record_files.check_pictures(out[0] + out[1], config.check)
+    for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
+        # the teacher's prompt is the student's and a line more, so its length decides for both
+        kept = [r for r in tqdm(out[n], f"{kind} prompts", disable=None, leave=False)
+                if processor.length(r, teaching.hint(r, config.privilege))
+                <= config.max_prompt_tokens]
+        if not kept:
+            raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
+                             f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
+        print(f"{len(kept)} {kind} records from {path}, {len(out[n]) - len(kept)} left out as "
+              f"longer than {config.max_prompt_tokens} tokens")
+        out[n] = kept
+    return tuple(out)
 
 
 def check_memory(config) -> None:

@@ -313,7 +313,7 @@ def test_no_flag_is_given_that_is_not_needed():
 def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill, "build_models", None)
-    monkeypatch.setattr(distill, "prepare_data", None)
+    monkeypatch.setattr(distill.checks, "check_data", None)
     distill.main(["--student", "Qwen/Qwen3-VL-2B-Instruct",
                   "--teacher", "Qwen/Qwen3-VL-8B-Instruct", "--data", "nowhere.jsonl",
                   "--plan", "--gpu-memory", "80", "--gpus", "8"])
