@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import model as qwen
 import teacher as teaching
@@ -246,7 +247,8 @@ def check_data(config, processor) -> tuple[list[dict], list[dict]]:
     record_files.check_pictures(out[0] + out[1], config.check)
     for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
         # the teacher's prompt is the student's and a line more, so its length decides for both
-        kept = [r for r in out[n] if processor.length(r, teaching.hint(r, config.privilege))
+        kept = [r for r in tqdm(out[n], f"{kind} prompts", disable=None, leave=False)
+                if processor.length(r, teaching.hint(r, config.privilege))
                 <= config.max_prompt_tokens]
         if not kept:
             raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "

@@ -130,6 +130,23 @@ def test_a_killed_evaluation_goes_on_and_draws_the_same(toy_folder, tmp_path, mo
     assert cut.read_bytes() == whole.read_bytes()
 
 
+def test_ctrl_c_in_a_benchmark_is_one_line(tmp_path, monkeypatch, capsys):
+    """And the answers up to here count: see test_a_killed_benchmark_goes_on_and_draws_the_same."""
+    source, calls, sample = fabricate.official("dynamath", tmp_path / "files"), [], evaluate.sample
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+    monkeypatch.setattr(evaluate, "sample", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run.main(bench(source, tmp_path / "out", "--benchmark", "dynamath", "--batch-size", "2"))
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"run.py: stopped; answers up to here are in {tmp_path / 'out'}, the same command goes on")
+    assert len(checkpoint.read_jsonl(tmp_path / "out" / "dynamath.jsonl")) == 1 + 8
+
+
 def test_an_evaluation_does_not_write_over_another_file(toy_folder, tmp_path):
     """--out test.jsonl by mistake took the place of the records."""
     path = tmp_path / "rows.jsonl"

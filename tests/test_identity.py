@@ -137,6 +137,21 @@ def test_a_resumed_run_refuses_what_changed_by_name(world):
     assert len(checkpoint.read_jsonl(Path("runs/a/metrics.jsonl"))) == 1
 
 
+def test_the_digest_of_a_large_file_sees_training_and_a_cut(tmp_path, monkeypatch):
+    """Sixteen blocks of it are read, not all; what training touches is everywhere in it."""
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(identity, "BLOCK", 64)
+    path, content = tmp_path / "model.safetensors", bytes(range(256)) * 64
+    digests = set()
+    for changed in (content, content[:-1], content + b"x", bytes(b ^ 1 for b in content),
+                    b"x" + content[1:]):
+        path.write_bytes(changed)
+        digests.add(identity.checkpoint_digest(tmp_path))
+    (tmp_path / "config.json").write_text("{ }")
+    assert len(digests | {identity.checkpoint_digest(tmp_path)}) == 6
+
+
 def test_moved_data_can_be_pointed_at_again_and_from_another_folder(world, monkeypatch, capsys):
     """Paths were stored as typed, so a run went on only from the folder where it began; and
     --resume refused --data, so records that had moved ended a run for good."""
