@@ -42,7 +42,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -343,14 +343,13 @@ class Scale:
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
     """The records of this step: an endless reading in epochs, each shuffled by (seed, epoch)."""
-    out, orders = [], {}
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, len(records))
-        if epoch not in orders:
-            shuffled = random.Random(f"{seed} {epoch}").sample(range(len(records)), len(records))
-            orders[epoch] = shuffled
-        out.append(records[orders[epoch][place]])
-    return out
+    places = (divmod(n, len(records)) for n in range(step * size, (step + 1) * size))
+    return [records[order_of(epoch, len(records), seed)[place]] for epoch, place in places]
+
+
+@lru_cache(2)          # of a million records an order takes a second
+def order_of(epoch: int, count: int, seed: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
 def choose_weights(student, train: str) -> list:
