@@ -333,7 +333,7 @@ class Scale:
     decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
     sampling: Callable = nullcontext          # around sampling: the student's weights in one place
     hidden: Callable = last_hidden_state      # (model, batch) -> last hidden states
-    teach: Callable = teacher_states          # (teacher, groups, read) -> what teacher_states yields
+    teach: Callable = teacher_states          # (teacher, groups, read) -> as teacher_states
     even_out: Callable | None = None          # makes the micro-batches of several ranks alike
     read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
     halved: bool = False                      # a step ran out of memory before
@@ -479,6 +479,8 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, scal
                before) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
     log = longrun.Log(folder, config, before.get("seconds", 0))
+    if "seconds" in before:
+        print(longrun.expected(config, before["seconds"] / len(test)))
 
     def ask(done: int) -> dict:
         _, now = evaluate_on(student, processor, test, config, scale)

@@ -1,4 +1,4 @@
-"""analysis/probe.py - what does the sink know? A linear probe from its state to the facts of the cue.
+"""analysis/probe.py - what does the sink know? A linear probe from its state to the cue's facts.
 
 The idea.  The module is there so that the sink token's state holds what the cue says. This can be
 tested without sampling: read the prompts (no hint), take the sink's state at every layer, and see
@@ -13,7 +13,7 @@ The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fac
     W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
 
 Run
-    python analysis/probe.py --model runs/NAME/checkpoint          the sink that the run was trained with
+    python analysis/probe.py --model runs/NAME/checkpoint       the sink that the run trained with
     python analysis/probe.py --model data/tiny-qwen3-vl --sink last       a model without the module
 
 What to expect.  Without the module the first token sees nothing but itself: its state is the same
@@ -128,7 +128,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     quiet()
     try:
-        path = Path(args.data) if args.data else toy.default(large=Path(args.model).resolve() != TINY) / "train.jsonl"
+        large = Path(args.model).resolve() != TINY
+        path = Path(args.data) if args.data else toy.default(large=large) / "train.jsonl"
         train, test = (record_files.load(p, ("cue",))[:args.limit or None]
                        for p in (path, path.with_name("test.jsonl")))
         model, processor = load(args.model, None, args.device or None)

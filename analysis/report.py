@@ -128,7 +128,7 @@ class Run:
     def models(self) -> dict[str, dict]:
         """{base, teacher, student: summary of evaluate.summarise}, those that exist."""
         found = {name: self.before[name] for name in ("base", "teacher")
-                 if "accuracy" in self.before.get(name, {})}         # a teacher may only have scored
+                 if "accuracy" in self.before.get(name, {})}        # a teacher may only score
         student = {key[8:]: value for key, value in self.result.items()
                    if key.startswith("student_")}
         return found | ({"student": {**student, "n": self.result.get("n")}} if student else {})

@@ -5,8 +5,8 @@ so that a killed run goes on, each is graded (grade.py), and the benchmark's own
 over the whole file (scores.py): what was not answered is wrong.
 
 In:  a checkpoint, the files of a benchmark.
-Out: OUT/NAME.jsonl, one line an answer behind one with the settings; OUT/scores.json; a table beside
-     the paper's base models.
+Out: OUT/NAME.jsonl, one line an answer behind one with the settings; OUT/scores.json; a table
+     beside the paper's base models.
 
 Run
     python benchmarks/run.py --model M --benchmark mathvista --source DIR --preset paper --out OUT
@@ -131,7 +131,8 @@ def main(argv=None) -> None:
     parser.add_argument("--source", required=True, help="the benchmark's file or folder")
     parser.add_argument("--preset", default="", choices=["", "paper"],
                         help="decoding and pixel budget of the paper's table 4")
-    parser.add_argument("--limit", type=number(int, 0), default=0, help="first so many questions, 0 for all")
+    parser.add_argument("--limit", type=number(int, 0), default=0,
+                        help="first so many questions, 0 for all")
     parser.add_argument("--any-rows", action="store_true",
                         help="take a benchmark file whose number of rows is not the official one")
     parser.add_argument("--out", default="results", help="folder of the answers and scores")

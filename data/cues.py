@@ -1,4 +1,4 @@
-r"""data/cues.py - have a vision-language model write cues (or rationales), and set aside what leaks.
+r"""data/cues.py - a vision-language model writes cues (or rationales); what leaks is set aside.
 
 The idea.  A cue S is what can be *seen* and matters, S = f(picture, question). The writer is shown
 the picture and the question and nothing else, so S cannot know the answer any better than the

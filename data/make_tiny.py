@@ -15,7 +15,7 @@ checkpoint shows the mechanism of the method. It is no evidence about 2B models.
 In:  nothing.  Out: data/tiny-qwen3-vl/, an ordinary Hugging Face folder (bf16, under 8 MB).
 Use: python data/make_tiny.py          docs/results.md says how long it takes
      python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 250 --lr 5e-4 \
-         --out data/tiny-teacher       the bigger teacher of analysis/grid.sh: more layers, and it looks
+         --out data/tiny-teacher     the bigger teacher of analysis/grid.sh: more layers; it looks
 
 The layout is Qwen3-VL's: byte-level BPE with Qwen's control tokens (at this vocabulary's own ids),
 M-RoPE, DeepStack, tied embeddings. Patch 8 instead of 16: one visual token per 16 x 16 pixels.

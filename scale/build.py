@@ -31,7 +31,7 @@ def build_models(config):
     with hub_advice(config.student):
         student, processor = qwen.load(config.student, **options)
     if config.teacher == "self" and config.train in ("cue", "lora") and sharding.world == 1:
-        teacher = student        # its backbone stays as it is; what is added is off while it teaches
+        teacher = student        # one frozen backbone; what was added is off while it teaches
     elif config.teacher in ("self", "ema"):
         teacher = teaching.frozen_copy(student)
         if config.teacher == "ema":

@@ -231,11 +231,13 @@ def check_data(config, processor) -> tuple[list[dict], list[dict]]:
 
     Without --data: a drawn world of the student's size. Raises ValueError by file and line.
     """
+    if not config.data and not is_tiny(config.student):
+        print("no --data: training on the drawn world of data/toy.py, at a real model's size")
     config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
     for path in (config.data, config.eval_data):
         if command := sources.known_raw(path):
-            raise ValueError(f"{path} holds raw files, not records; make records of them: {command}")
+            raise ValueError(f"{path} holds raw files; make records of them: {command}")
     needs = () if config.privilege == "none" else (config.privilege,)
     out = []
     for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):

@@ -181,7 +181,8 @@ def settings_of_run(folder: Path, typed: dict, known) -> dict:
     for name in sorted(typed.keys() & MOVABLE - digests.keys()):
         raise ValueError(f"{path} has no digest to compare the {name} with, as a run of an older "
                          "version: put the records back to where they were")
-    if "data" in typed and "eval_data" not in typed and not os.path.exists(own.get("eval_data", "")):
+    if "data" in typed and "eval_data" not in typed and not os.path.exists(
+            own.get("eval_data", "")):
         own["eval_data"] = ""                # moved too: looked for beside the training records
     return {**own, **typed}
 

@@ -62,6 +62,14 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def expected(config, seconds: float) -> str:
+    """What the run will take, said before it samples; seconds: that one test answer took."""
+    answers = config.steps * config.batch_size * config.samples_per_prompt
+    return (f"{answers} answers in {config.steps} steps; at the pace of the evaluation sampling "
+            f"takes {tqdm.format_interval(answers * seconds)} (hours:minutes:seconds), and scoring "
+            "comes on top: the bar shows the time left from the first step on")
+
+
 # The progress bar without its own guess of the time left, which knows nothing of evaluations.
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -218,7 +226,8 @@ def write_result(folder: Path, config, models: dict, save, seconds: float, stude
     ended = f"ended by {limit} after step {len(metrics)} of {config.steps}; raise it to go on"
     return [*([ended] if limit and len(metrics) < config.steps else []),
             f"best of {len(evaluated)} evaluations: step {best['step']}, accuracy "
-            f"{100 * best['accuracy']:.1f} %" + (f", kept in {folder / 'best'}" * bool(config.keep)),
+            f"{100 * best['accuracy']:.1f} %"
+            + (f", kept in {folder / 'best'}" if config.keep else ""),
             f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
             f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",
             f"  python evaluate.py --model {path}"]

@@ -1,4 +1,4 @@
-"""scale/measure.py - what a training step reports: sums over its micro-batches, and one line of log.
+"""scale/measure.py - what a training step reports: sums over micro-batches, one line of log.
 
 The idea.  A step is cut into micro-batches, and perhaps over processes. What it reports must not
 depend on the cut: so sums are kept, and divided once, over all of the step's tokens.
@@ -65,7 +65,7 @@ def metrics_of(step: int, parts: list[Sums], answers: list[dict]) -> dict:
 
 
 def decoded(rollout, decode, K: int) -> list[list[dict]]:
-    """K responses to each prompt: as text, with length in tokens, and whether it ended by itself."""
+    """K responses to each prompt: as text, with its tokens, and whether it ended by itself."""
     rows = [{"response": decode(ids[:n]), "length": n, "stopped": stopped} for ids, n, stopped in
             zip(rollout.ids.tolist(), rollout.lengths.tolist(), rollout.stopped.tolist())]
     return [rows[start:start + K] for start in range(0, len(rows), K)]

@@ -1,4 +1,4 @@
-"""scale/plan.py - how much memory a run needs, by arithmetic, before anything is downloaded or loaded.
+"""scale/plan.py - how much memory a run needs, by arithmetic, before anything is loaded.
 
 The idea.  Memory of a training step is a sum of products of sizes that stand in config.json and in
 the settings of the run. It has phases, and the largest decides:
@@ -565,7 +565,7 @@ def choose_sizes(config, memory: float) -> None:
 
 
 def fitted(config, memory: float) -> tuple:
-    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say of them).
+    """(the settings with sizes, and if need be flags, that fit in `memory` GB; what to say).
     """
     sized = replace(config)
     choose_sizes(sized, memory)
