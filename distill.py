@@ -40,7 +40,7 @@ import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,7 +56,7 @@ from loss import distill_loss
 from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
 from scale.build import build_models, print_settings
-from scale.decoder import FastDecoder
+from scale.decoder import FastDecoder, without_flash
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
 
@@ -363,12 +363,17 @@ def choose_weights(student, train: str) -> list:
 
 def scale_for(config: Config, student, teacher, processor) -> Scale:
     """The parts of scale/ that this run needs."""
-    scale = Scale(decoder=FastDecoder)
+    scale = Scale(FastDecoder, without_flash)
     if sharding.world > 1:
+        @contextmanager
+        def sampling(model):
+            with sharding.gathered(model), without_flash(model):
+                yield
+
         def teach(*arguments):
             yield from teacher_states(*arguments)
             sharding.release(teacher)
-        return Scale(FastDecoder, sharding.gathered, sharding.last_hidden_state, teach,
+        return Scale(FastDecoder, sampling, sharding.last_hidden_state, teach,
                      partial(sharding.even_out, processor))
     if config.offload_teacher:
         scale.teach = partial(offload.teach, student.device)

@@ -198,6 +198,7 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
         config.device = "" if config.device.startswith("cuda") else config.device
         config.attention = config.attention.replace("flash_attention_2", "sdpa")
     config.device, config.dtype = device or config.device, dtype or config.dtype
+    config.offload_teacher = False           # it reads beside the student here, on one device
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
     needs = () if config.privilege == "none" else (config.privilege,)
     try:

@@ -1,4 +1,4 @@
-"""decoder.py - the decoder that makes rollout.sample fast: same loop, same tokens, other memory.
+"""scale/decoder.py - the decoder that makes sampling fast: same loop, same tokens, other memory.
 
 The idea.  PlainDecoder leaves keys and values to the model's own cache, which copies all it holds
 to append one token, and copies it again when a row leaves. Here every layer has a buffer with room:
@@ -42,6 +42,20 @@ from rollout import PlainDecoder
 # C columns of the cache, d numbers of one head.
 
 ROOM = 128             # tokens by which the buffers and the mask grow
+
+
+@contextmanager
+def without_flash(model):
+    """Around sampling: sdpa, whatever scoring uses. Of padded rows flash attention takes out the
+    padding in every layer and step, and waits for the device each time."""
+    was = model.config._attn_implementation
+    try:
+        if "flash" in was:
+            model.set_attn_implementation("sdpa")
+        yield model
+    finally:
+        if "flash" in was:
+            model.set_attn_implementation(was)
 
 
 class FastDecoder(PlainDecoder):

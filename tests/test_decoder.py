@@ -14,7 +14,7 @@ import transformers
 import model as qwen
 from rollout import PlainDecoder, sample
 from scale import decoder
-from scale.decoder import FastDecoder
+from scale.decoder import FastDecoder, without_flash
 from simulated_cuda import CUDA, simulated_cuda, to_device
 from test_rollout import Fake, countdown, cut, one_token_prompts, responses, scored, textbook
 from test_rollout import batch, wild  # noqa: F401, fixtures
@@ -232,3 +232,17 @@ def test_a_cache_that_is_not_understood_is_refused_by_name():
 def test_drawings_in_the_docstrings():
     result = doctest.testmod(decoder, extraglobs={"SimpleNamespace": SimpleNamespace})
     assert result.attempted > 2 and result.failed == 0
+
+
+def test_sampling_never_uses_flash_attention():
+    """It unpadded rows in every layer of every step, more than 56 waits a token."""
+    asked = []
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"),
+                            set_attn_implementation=asked.append)
+    with pytest.raises(KeyError), without_flash(model):
+        assert asked == ["sdpa"]
+        raise KeyError
+    assert asked == ["sdpa", "flash_attention_2"]
+    model.config._attn_implementation = "eager"
+    with without_flash(model):
+        assert len(asked) == 2

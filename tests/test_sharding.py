@@ -36,6 +36,9 @@ RUNS = {"mixed": MIXED,
         # rank 1 has no row at all
         "cue": [*SMALL, "--data", "pictures.jsonl", "--batch-size", "1", "--steps", "1",
                 "--train", "cue", "--gradient-checkpointing"],
+        # a teacher that only scores: the right answers, cut like a step
+        "bigger": [*SMALL, "--data", "mixed.jsonl", "--teacher", str(qwen.TINY), "--train", "lora",
+                   "--score-privilege", "--steps", "1", "--eval-limit", "3"],
         "text": [*SMALL, "--data", "text.jsonl", "--steps", "1", "--samples-per-prompt", "2"]}
 
 
@@ -260,7 +263,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_with_one(launched, start
 def test_one_process_prints(launched):
     _, said, _ = launched
     found = re.findall(r"training records from \S*/mixed.jsonl", said)
-    assert len(found) == 3                                             # "mixed", "begun" twice
+    assert len(found) == 4                                   # "mixed", "bigger", "begun" twice
 
 
 # ---------------------------------------------------------------------------- without processes
