@@ -12,8 +12,8 @@ Qwen3-VL-2B and random weights, made on the device: nothing is downloaded.
     launches    of one decoding step: its time, and the time its kernels take
     graph       the same step as one CUDA graph
 
-Run:  python tests/speed/gpu.py                          about 40 GB of GPU memory or more, to be
-                                                         ended by itself after --minutes 8
+Run:  python tests/speed/gpu.py                          48 GB by the plan; on a smaller card the
+                                                         training step is one of the module alone
       python tests/speed/gpu.py --device cpu --quick     the tiny shape, to test this script
 Each part is printed when it is done. The last line is one JSON object with all numbers; the exit
 code is 1 if a part failed or a difference is above its bound.
@@ -316,7 +316,7 @@ def training_step(bench) -> dict:
 
 
 def decoding_step(bench):
-    """A function that takes one step after a prefill, always the same one: logits (R, V)."""
+    """A function that takes one step after a prefill, always the same one; logits (R, V)."""
     model, processor = bench.make()
     decoder, batch = FastDecoder(model), bench.batch(processor, bench.rows[0])
     with torch.no_grad():
