@@ -30,6 +30,7 @@ rationale-first  --privilege rationale
 cue-off          --privilege cue --no-cue-recovery
 cue-first        --privilege cue
 cue-last         --privilege cue --sink last
+lora-first       --privilege cue --train lora
 alone-first      --privilege cue --train cue
 alone-last       --privilege cue --train cue --sink last
 bigger-none      --privilege none --teacher $teacher --no-cue-recovery

@@ -105,26 +105,25 @@ def check_placement(device=None, dtype=None,
     """The device and dtype that these names mean; ValueError for what cannot work on this machine.
 
     device: default cuda if there is one, else cpu. dtype: default float32 on the CPU, bfloat16 on
-    an accelerator (an Apple GPU has it from macOS 14).
+    a GPU.
     """
-    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(),
-            "mps": torch.backends.mps.is_available()}
+    here = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available()}
     name = str(device or ("cuda" if here["cuda"] else "cpu"))
-    if not re.fullmatch(r"(cpu|meta|mps|cuda)(:\d+)?", name):
-        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N, mps")
+    if name.split(":")[0] == "mps":
+        raise ValueError("--device mps: sampling adds up probabilities in float64, which an Apple "
+                         "GPU does not have; take --device cpu")
+    if not re.fullmatch(r"(cpu|meta|cuda)(:\d+)?", name):
+        raise ValueError(f"--device {name!r} is none of cpu, cuda, cuda:N")
     device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if not here[device.type] or (device.index or 0) >= count:
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device here "
                          f"(it finds {', '.join(k for k in here if here[k] and k != 'meta')})")
     if not dtype:
-        half = device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
-        dtype = torch.bfloat16 if half and device.type != "cpu" else torch.float32
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = DTYPES.get(str(dtype).removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():
         raise ValueError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if device.type == "mps" and dtype == torch.float64:
-        raise ValueError("--dtype float64: an Apple GPU (mps) has no such numbers, take float32")
     if attention not in ATTENTION:
         raise ValueError(f"--attention {attention!r} is none of {', '.join(ATTENTION)}")
     package = ATTENTION[attention]
