@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from conftest import ROOT
+from data import toy
 
 sys.path.insert(0, str(ROOT / "docs"))
 import make_notebook  # noqa: E402
@@ -27,6 +28,7 @@ def tour():
 
     Of the five sabotages, which take a process each, only the first is run: None for the others.
     """
+    toy.default()            # in a fresh clone it is drawn now, and says so outside of the cells
     threads, path = torch.get_num_threads(), [*sys.path]
     names = {"__name__": "__main__", "__file__": str(make_notebook.SCRIPT)}
     outputs = [None if source in SABOTAGES[1:] else make_notebook.run_cell(source, names)
