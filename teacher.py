@@ -127,4 +127,5 @@ def check_same_vocabulary(student: dict[str, int], teacher: dict[str, int],
 
 
 if __name__ == "__main__":
-    raise SystemExit("teacher.py is no command: see `python data/cues.py write` and `python data/cues.py audit`")
+    raise SystemExit("teacher.py is no command: cues are made by `python data/cues.py write`, and "
+                     "checked by `python data/cues.py audit`")
