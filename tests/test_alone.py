@@ -248,7 +248,7 @@ def test_the_pages_name_files_that_exist():
 
 
 def test_old_commands_name_the_new_ones():
-    """Scripts that were sub-commands of evaluate.py and teacher.py until the second edition."""
+    """Scripts that were sub-commands of evaluate.py and teacher.py before they had files of their own."""
     import evaluate
     for argv, new in ((["report", "runs/x"], "analysis/report.py"),
                       (["compare", "runs/x"], "analysis/compare.py"),

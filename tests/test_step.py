@@ -121,7 +121,7 @@ def test_a_row_is_as_wide_as_itself(loaded):
 def test_few_functions_run_from_a_record_to_its_loss(tiny, toy_folder):
     """Readers follow a record through the code: each function is a place they have to look up.
 
-    85 functions in 10 files ran in the first edition, 8 of which did nothing. Counted with the plain
+    85 functions in 10 files ran once, 8 of which did nothing. Counted with the plain
     decoder, the module attached, in one process; inner functions count too.
     """
     student, processor = tiny
