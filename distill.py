@@ -202,9 +202,9 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
     scale: what scale/ adds; Scale() is the plain thing.
     """
-    sums, K = Sums(), config.samples_per_prompt
     # 1) prompts: what the student sees, and the same with the privilege in it
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
+    sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
     with scale.sampling(student):
         rollout = sample_responses(student, processor, prompts, uniforms, config, scale.decoder)

@@ -122,9 +122,9 @@ def looks_like(picture, boxes):
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_nlvr_cue_is_true_of_all_six_orders(split):
     """Which order a picture has is in no file. The six pictures of an example are indeed the six
-    orders of the boxes that the cue tells of, so it must not say which box is first. (30 of the
+    orders of the boxes that the cue tells of, so it must not say which box is first. (15 of the
     80 examples of each split that have six pictures; all of them passed once, in 20 seconds.)"""
-    lines = (REAL / "nlvr" / split / f"{split}.json").read_text().splitlines()[:30]
+    lines = (REAL / "nlvr" / split / f"{split}.json").read_text().splitlines()[:15]
     for example in map(json.loads, lines):
         possible = []
         for order in range(6):
