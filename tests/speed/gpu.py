@@ -8,8 +8,9 @@ Qwen3-VL-2B and random weights, made on the device: nothing is downloaded.
     sampling    FastDecoder, PlainDecoder and the class's `generate`, in tokens a second
     module      the recovery module as the paper writes it, and absorbed
     losses      the chunked loss and whole logits: time and peak memory
-    step        one training step: seconds of each phase; measured peaks beside scale/plan.py's
-    launches    of one decoding step: its time, and the time its kernels take
+    step        a training step of all weights, of adapters, of the module alone: seconds of each
+                phase; measured peaks beside scale/plan.py's
+    launches    of one decoding step: its time, the time its kernels take, and how often it waits
     graph       the same step as one CUDA graph
 
 Run:  python tests/speed/gpu.py                          48 GB by the plan; on a smaller card the
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -284,8 +286,13 @@ class Peaks(memory.Peaks):
 
 
 def training_step(bench) -> dict:
-    """distill.run_step: --train all, or the module alone where the plan says it would not fit."""
-    rows, data = min(bench.rows), memory.records(min(bench.rows), bench.side)
+    """distill.run_step, for each choice of weights that the plan says would fit."""
+    return {train: attempt(step_of, bench, train) for train in ("all", "lora", "cue")}
+
+
+def step_of(bench, train: str):
+    rows, T = max(bench.rows), 4 * bench.T
+    data = memory.records(rows, bench.side)
     dtype = str(bench.dtype).removeprefix("torch.")
     with ExitStack() as stack:
         for owner, name in ((qwen, "load"), (distill, "read_prompts"),
@@ -296,19 +303,18 @@ def training_step(bench) -> dict:
         peaks = Peaks(bench.cuda)
         made = bench.make()
         length = made[1].length(data[0], "2")
-        for train in ("all", "cue"):
-            settings = distill.Config(
-                train=train, batch_size=rows, sample_batch=rows, max_new_tokens=bench.T,
-                max_prompt_tokens=length, micro_batch_tokens=2 * (length + bench.T),
-                privilege="answer", device=str(bench.device), dtype=dtype)
-            planned = plan.plan(plan.from_settings(settings), bench.config, most=bench.side**2)
-            if not bench.cuda or planned.peak < torch.cuda.mem_get_info()[0]:
-                break
+        settings = distill.Config(
+            train=train, batch_size=rows, sample_batch=rows, max_new_tokens=T,
+            max_prompt_tokens=length, micro_batch_tokens=-(-rows // 8) * (length + T),
+            privilege="answer", device=str(bench.device), dtype=dtype)
+        planned = plan.plan(plan.from_settings(settings), bench.config, most=bench.side**2)
+        if bench.cuda and planned.peak > torch.cuda.mem_get_info()[0]:
+            return f"skipped: needs {planned.peak / 1e9:.0f} GB by the plan"
         metrics, found = memory.measure(distill, settings, made, data, peaks)
     expected = memory.expected_peaks(planned)
     if bench.cuda:              # the plan's context and gaps are not in what torch has allocated
         expected = {k: (v - plan.ALLOWANCE) / (1 + plan.SLACK) for k, v in expected.items()}
-    return {"train": train, "rows": rows, "prompt_tokens": length,
+    return {"rows": rows, "prompt_tokens": length,
             **{k: metrics[k] for k in ("length", "sample_seconds", "score_seconds", "loss",
                                        "gradient_norm")},
             "planned_gb": {k: v / 1e9 for k, v in expected.items()},
@@ -340,7 +346,12 @@ def launches(bench) -> dict:
         step()
         torch.cuda.synchronize()
     found = [row for row in seen.key_averages() if row.device_type == DeviceType.CUDA]
-    return {**out, "kernels": sum(row.count for row in found),
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    return {**out, "kernels": sum(row.count for row in found), "waits": len(waits),
             "kernels_ms": sum(row.self_device_time_total for row in found) / 1e3}
 
 
