@@ -401,6 +401,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=[*PARTS])
     args = parser.parse_args(argv)
     qwen.quiet()
+    torch.backends.cuda.enable_cudnn_sdp(False)                  # as model.load does
     pairs.DEVICE = module.DEVICE = torch.device(args.device)     # their clock, and their tensors
     bench, start, parts, seconds = Bench(args.device, args.quick), time.monotonic(), {}, {}
     for name in args.only:
