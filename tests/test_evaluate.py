@@ -289,6 +289,23 @@ def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
     assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
 
 
+def test_controls_change_the_cues_and_nothing_else(tmp_path):
+    """A teacher told another record's cue, or nothing: what is left then is not the cue's doing."""
+    for cues in toy.CUES:
+        toy.write(tmp_path / cues, train=30, test=8, cues=cues)
+    for split in ("train", "test"):
+        own, wrong, empty = (record_files.load(tmp_path / cues / f"{split}.jsonl", ("cue",))
+                             for cues in toy.CUES)
+        assert sorted(r["cue"] for r in own) == sorted(r["cue"] for r in wrong)
+        assert all(a["cue"] != b["cue"] for a, b in zip(own, wrong))
+        assert {r["cue"] for r in empty} == {toy.NOTHING}
+        for rows in (own, wrong, empty):
+            for row in rows:
+                row.pop("cue")
+                row["images"] = Path(row["images"][0]).read_bytes()
+        assert own == wrong == empty
+
+
 def test_toy_records_are_records(toy_folder):
     records = record_files.load(toy_folder / "train.jsonl", ("cue", "rationale"))
     assert len(records) == 40 and len({Image.open(r["images"][0]).size for r in records}) > 1
