@@ -332,6 +332,19 @@ def test_norms_are_put_back_after_an_error(deep):
     assert cpu.norms == [], "a CPU keeps the class's own arithmetic"
 
 
+def test_the_mask_begins_where_an_attention_kernel_may_read_it(deep, monkeypatch):
+    """The memory-efficient one pads a mask whose strides are no multiples of 8, and refuses one
+    that does not begin at such an address: it was a slice of the mask before blanks were dropped."""
+    monkeypatch.setattr(decoder, "ROOM", 8)
+    mask = (torch.arange(12) >= 12 - torch.tensor([12, 3, 2])[:, None]).long()
+    fast = FastDecoder(deep)
+    with torch.no_grad():
+        fast.read({"input_ids": 5 + mask, "attention_mask": mask}, 1)
+    assert fast.keep([1, 2]) == [2, 1] and fast.cache.get_seq_length() == 3
+    assert fast.mask[:, 0, 0, :3].tolist() == [[False, True, True], [True, True, True]]
+    assert fast.mask.storage_offset() == 0 and fast.mask.stride(0) % 8 == 0
+
+
 # ---------------------------------------------------------------------------- refused
 
 def test_a_cache_that_is_not_understood_is_refused_by_name():
