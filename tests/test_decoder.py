@@ -334,7 +334,7 @@ def test_norms_are_put_back_after_an_error(deep):
 
 def test_the_mask_begins_where_an_attention_kernel_may_read_it(deep, monkeypatch):
     """The memory-efficient one pads a mask whose strides are no multiples of 8, and refuses one
-    that does not begin at such an address: it was a slice of the mask before blanks were dropped."""
+    that does not begin at such an address. Behind dropped blanks it began anywhere."""
     monkeypatch.setattr(decoder, "ROOM", 8)
     mask = (torch.arange(12) >= 12 - torch.tensor([12, 3, 2])[:, None]).long()
     fast = FastDecoder(deep)
