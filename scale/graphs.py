@@ -14,9 +14,12 @@ When one of them must change (prompts join, a buffer is full, half of the rows a
 recorded anew, which takes as long as a few steps.
 
 In:  the model.   Out: the logits of the next token, as from PlainDecoder.
-Run: rollout.sample(model, batch, ..., decoder=GraphDecoder).
+Run: rollout.sample(model, batch, ..., decoder=GraphDecoder), or distill.py --graph-decoding.
 Copy it together with decoder.py and rollout.py. On a CPU the same step runs unrecorded, so that it
-can be tested there. Nothing uses it by default.
+can be tested there. On an H200 (2B's shape, bf16, no module, no adapters) its answers were those of
+FastDecoder, at twice its tokens a second with 8 rows, 1.07 times with 64 rows of one length, and
+1.5 times with 32 rows whose answers end at random. Not yet run on a GPU with the recovery module or
+adapters inside; until it is, nothing uses it by default.
 Left out: mixtures of experts, whose routing the host may wait for (refused); sharded models.
 """
 from __future__ import annotations

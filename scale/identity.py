@@ -36,7 +36,7 @@ BLOCK = 1 << 20
 # What --resume takes: limits, what changes memory and not the result, and data that were moved.
 LIMITS = {"steps", "max_hours", "max_tokens"}
 MEMORY = {"sample_batch", "micro_batch_tokens", "gradient_checkpointing", "offload_teacher",
-          "offload_optimizer", "gpu_memory", "device", "threads", "check"}
+          "offload_optimizer", "graph_decoding", "gpu_memory", "device", "threads", "check"}
 SOURCES = {"data": "the training records", "eval_data": "the test records",
            "student": "the start checkpoint", "teacher": "the teacher"}
 MOVABLE = {"data", "eval_data"}

@@ -399,7 +399,7 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
     ("--teacher", "ema", "--privilege", "answer"),
     ("--teacher", str(qwen.TINY), "--privilege", "rationale", "--loss", "sampled",
      "--train", "language", "--offload-teacher", "--offload-optimizer"),
-    ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
+    ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing", "--graph-decoding"),
     ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
 def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
