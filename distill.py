@@ -85,9 +85,12 @@ class Config:
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
     data: str = option("", "training records, JSONL; empty for a drawn world of the student's size")
     eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
-    eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
-    before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
-                               low=0)
+    dev_data: str = option("", "records for the evaluations inside a run, which choose its best "
+                           "student; empty for dev.jsonl beside the training records, if it is "
+                           "there; test for the test records")
+    eval_limit: int = option(512, "use the first so many test and dev records, 0 for all", low=0)
+    before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
+                               "for all", low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
     check: str = option("decode", "pictures before the start: decode all, or read their headers",
                         ("decode", "headers"))
@@ -157,7 +160,7 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
            lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
            max_pixels=0, before_limit=0, instruction="")
 # What a setting meant before it had a name: for runs that were begun then.
-OLDER = dict(threads=0, before_limit=0, instruction="")
+OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
 
 
 def read_config(argv=None) -> tuple[Config, Path | None]:
@@ -177,7 +180,8 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
             help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
                         help="go on with this run, with its own settings (limits and what changes "
-                             "memory only may be typed; --data and --eval-data, where they moved)")
+                             "memory only may be typed; --data, --eval-data and --dev-data, if "
+                             "they moved)")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume")
     try:
@@ -433,7 +437,7 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
     if before:
         return before
-    everything, test = len(test), test[:config.before_limit or None]
+    test = test[:config.before_limit or None]
     clock = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
     clock = time.perf_counter() - clock
@@ -441,8 +445,8 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     taught, useless = {}, False
     if config.privilege != "none":
         taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
-        print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
-              f"teacher ({len(test[:64])} records, scored)")
+        print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to "
+              f"the teacher ({len(test[:64])} records, scored)")
         useless = taught["answer_gain"] <= 0
     if not config.score_privilege:
         visit = offload.brought(teacher, student.device)
@@ -457,7 +461,7 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before | {"seconds": clock * everything / len(test)}
+    return before | {"seconds": clock / len(test)}                  # of one answer
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
@@ -487,15 +491,15 @@ def run_step(student, teacher, processor, records, config, step, optimizer, scal
     return metrics, [responses[0]["response"] for responses in answers]
 
 
-def train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                before) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
-    log = longrun.Log(folder, config, before.get("seconds", 0))
+    log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
     if "seconds" in before:
-        print(longrun.expected(config, before["seconds"] / len(test)))
+        print(longrun.expected(config, before["seconds"]))
 
     def ask(done: int) -> dict:
-        _, now = evaluate_on(student, processor, test, config, scale)
+        _, now = evaluate_on(student, processor, dev, config, scale)
         tqdm.write(f"step {done:4}  {evaluate.line(now)}")
         return now
 
@@ -516,16 +520,18 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, scal
     log.stop.release()
 
 
-def finish(student, processor, test, config, scale, folder, before, started) -> None:
-    """Last evaluation, checkpoint, result.json and the table."""
+def finish(student, processor, test, dev, config, scale, folder, before, started) -> None:
+    """Last evaluations, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
+    # the last student is compared with those before it on their records
+    last = after if dev is test else evaluate_on(student, processor, dev, config, scale)[1]
     save = longrun.student_saver(student, processor)
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    lines = longrun.write_result(folder, config, models, save, time.monotonic() - started,
-                                 student)
+    lines = longrun.write_result(folder, config, models, last, save,
+                                 time.monotonic() - started, student)
     shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
     print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
@@ -552,7 +558,7 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
         processor = checks.check_models(config)
-        train, test = checks.check_data(config, processor)
+        train, test, dev = checks.check_data(config, processor)
     if sharding.is_main():
         checks.check_memory(config)
     config = sharding.from_main(config)
@@ -573,9 +579,9 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     scale = scale_for(config, student, teacher, processor)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
-        train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+        train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                    before)
-        finish(student, processor, test, config, scale, folder, before, started)
+        finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
         raise SystemExit(checks.out_of_memory(config, folder)) from None
 

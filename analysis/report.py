@@ -160,7 +160,8 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
     if args.get("student") == plain["student"]:
         plain |= TOY
     for name, value in args.items():
-        toy = name in ("data", "eval_data") and Path(str(value)).parent == HERE / "data" / "toy"
+        toy = (name in ("data", "eval_data", "dev_data")
+               and Path(str(value)).parent == HERE / "data" / "toy")
         if name not in plain or value == plain[name] or toy:
             continue
         flag = "--" + name.replace("_", "-")
@@ -387,12 +388,14 @@ def curves_section(run: Run) -> str:
     ends = [(x, models[name]) for x, name in ((0, "base"), (run.metrics[-1]["step"], "student"))
             if name in models]
     line = sorted({**dict(seen), **{x: s["accuracy"] for x, s in ends}}.items())
+    amid = ("" if run.args.get("dev_data", "test") == "test" else
+            "; between the ends on the dev records")
     taught = models.get("teacher", {}).get("accuracy")
     levels = [] if taught is None else [(f"teacher {percent(taught)}", 100 * taught, "b")]
     charts = [
         chart("loss", "Loss, nats per response token",
               [("loss", points(run.metrics, "loss"), "a")]),
-        chart("acc", "Accuracy on the test records, %",
+        chart("acc", f"Accuracy on the test records, %{amid}",
               [("student", [(x, 100 * y) for x, y in line], "a")], levels=levels, dots=True,
               form=".0f",
               bars=[(x, *(100 * v for v in s["interval"])) for x, s in ends if s.get("interval")]),
@@ -405,7 +408,7 @@ def curves_section(run: Run) -> str:
                                   "reached): the accuracy has its ends only.")
     return ('<p>Thin: every step. Thick: running mean.</p>'
             f'<div class="charts">{"".join(charts)}</div>{few}'
-            + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
+            + (table(f"Accuracy while training, %{amid}. Step 0 is the base.", ["step", "accuracy"],
                      [[x, percent(y)] for x, y in line]) if line else ""))
 
 

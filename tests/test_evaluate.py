@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,9 +276,50 @@ def test_each_world_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
     drawn = []
     monkeypatch.setattr(toy, "write", lambda folder, *more, **named: drawn.append(
-        (folder.name, *more, named["world"].name)))
+        (folder.name, *more, named["dev"], named["world"].name)))
     assert toy.default() == tmp_path / "toy" and toy.default(large=True) == tmp_path / "toy-large"
-    assert drawn == [("toy", 3000, 512, "toy"), ("toy-large", 7040, 512, "toy-large")]
+    assert drawn == [("toy", 3000, 512, 256, "toy"),
+                     ("toy-large", 7040, 512, 256, "toy-large")]
+
+
+def test_a_world_without_dev_records_gets_them_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+    """Worlds drawn by an older version are on people's disks, some where nobody may write."""
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
+    monkeypatch.setattr(toy, "SMALL", replace(toy.SMALL, records=(6, 4, 8)))
+    toy.write(tmp_path / "toy", 6, 4)
+    old = {path: path.read_bytes() for path in (tmp_path / "toy").rglob("*") if path.is_file()}
+    def forbidden(**folder):
+        raise PermissionError
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.tempfile, "mkdtemp", forbidden)
+        assert not (toy.default() / "dev.jsonl").exists()
+    shutil.copytree(tmp_path / "toy", tmp_path / "killed")
+    toy.default()
+    assert f"drawing {tmp_path / 'toy' / 'dev.jsonl'}" in capsys.readouterr().out
+    dev = Path("images", "dev")                 # a kill left the pictures, and no records yet
+    shutil.copytree(tmp_path / "toy" / dev, tmp_path / "killed" / dev)
+    toy.add_dev(tmp_path / "killed", toy.SMALL, 8)
+    toy.default()
+    assert not capsys.readouterr().out and all(p.read_bytes() == b for p, b in old.items())
+    toy.write(tmp_path / "whole", 6, 4, dev=8)
+    drawn = [{p.relative_to(tmp_path / name): p.read_bytes() for p in
+              (tmp_path / name).rglob("*") if p.is_file()} for name in ("toy", "killed", "whole")]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len(record_files.load(tmp_path / "toy" / "dev.jsonl", ("cue", "rationale"))) == 8
+
+
+@both_worlds
+def test_toy_dev_shares_no_picture_with_train_or_test(tmp_path, world):
+    """It is on test's side of the checksum, and leaves out what test shows: here the very scenes
+    that would have come."""
+    toy.write(tmp_path / "first", 1, 1, world=world, dev=3)
+    taken = toy.objects_in(tmp_path / "first" / "dev.jsonl")
+    toy.write_split(tmp_path, "dev", 3, 0, world, "own", "own", taken)
+    assert not any(things in taken for things in toy.objects_in(tmp_path / "dev.jsonl"))
+    rng, seen = random.Random(4), scenes("test", 50, world)
+    taken = [list(map(str, scene.things)) for scene in seen]
+    made = [toy.make_scene(rng, "test", world, taken) for _ in range(50)]
+    assert {scene.split for scene in made} == {"test"} and not set(made) & set(seen)
 
 
 def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):

@@ -413,7 +413,8 @@ def test_a_run_keeps_what_it_says(whole):
     assert list(accuracy) == [2, 4, 6]
     result = json.loads((whole / "result.json").read_text())
     best = max(accuracy, key=accuracy.get)
-    assert result["best"] == {"step": best, "accuracy": accuracy[best], "folder": "best"}
+    assert result["best"] == {"step": best, "accuracy": accuracy[best], "split": "test",
+                              "folder": "best"}
     assert accuracy[6] == result["student_accuracy"] and result["steps"] == 6
     qwen.load(whole / "best", device="cpu")
     qwen.load(whole / "checkpoints" / "step-000004", device="cpu")
