@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import conftest
 import cue_recovery
 import rollout
-from conftest import ROOT
-from rollout import PlainDecoder, Rollout, append_response, sample
+from conftest import ROOT, append_response
+from rollout import PlainDecoder, Rollout, sample
 from scale import decoder
 from scale.decoder import FastDecoder
 
@@ -562,7 +563,7 @@ def test_bad_settings_are_refused(setting):
 
 
 def test_drawings_in_the_docstrings():
-    result = doctest.testmod(rollout)
+    result = doctest.testmod(conftest)
     assert result.attempted > 1 and result.failed == 0
 
 
