@@ -162,7 +162,8 @@ def test_recovery_module_reads_the_prompt_only(sample, wild, batch):
     for block in cue.blocks.values():
         torch.nn.init.normal_(block.output.weight, std=0.3)
     on = []
-    model.lm_head.register_forward_hook(lambda head, args, output: on.append(cue.prefill.on))
+    model.lm_head.register_forward_hook(
+        lambda head, args, output: on.append(cue.prefill is not None))
     expected = textbook(model, batch, 8, seed=1)
     on.clear()
     out = sample(model, batch, max_new_tokens=8, stop_ids=(),
