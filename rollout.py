@@ -176,7 +176,8 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
             logits, uniform = logits.to(torch.float32, copy=True), None
             if presence_penalty != 0 or repetition_penalty != 1:
                 _penalise(logits, out.ids[at, :step], drawn, presence_penalty, repetition_penalty)
-            logits[:, banned] = float("-inf")
+            if len(banned):
+                logits[:, banned] = float("-inf")
             if temperature > 0 and uniforms is not None:
                 uniform = uniforms[at, drawn]
             elif temperature > 0:     # for all rows so far, so that finished ones change nothing
