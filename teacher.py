@@ -91,28 +91,20 @@ def added(model) -> list:
 
 
 @contextmanager
-def eval_mode(model):
-    """Eval mode meanwhile, then each part's own mode again: a frozen part may differ."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def at_work(teacher):
     """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
 
     A teacher may be the student itself, if only what was added to it is trained: that is off then.
     """
-    with ExitStack() as stack:
+    modes = [(module, module.training) for module in teacher.modules()]     # a part may differ
+    with ExitStack() as stack, torch.no_grad():
         for part in added(teacher):
             stack.enter_context(part.off())
-        stack.enter_context(eval_mode(teacher))
-        stack.enter_context(torch.no_grad())
-        yield teacher
+        try:
+            yield teacher.eval()
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 @torch.no_grad()

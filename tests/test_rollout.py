@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import conftest
 import cue_recovery
 import rollout
-from conftest import ROOT
-from rollout import PlainDecoder, Rollout, append_response, sample
+from conftest import ROOT, append_response
+from rollout import PlainDecoder, Rollout, sample
 from scale import decoder
 from scale.decoder import FastDecoder
 from scale.graphs import GraphDecoder
@@ -164,7 +165,8 @@ def test_recovery_module_reads_the_prompt_only(sample, wild, batch):
     for block in cue.blocks.values():
         torch.nn.init.normal_(block.output.weight, std=0.3)
     on = []
-    model.lm_head.register_forward_hook(lambda head, args, output: on.append(cue.prefill.on))
+    model.lm_head.register_forward_hook(
+        lambda head, args, output: on.append(cue.prefill is not None))
     expected = textbook(model, batch, 8, seed=1)
     on.clear()
     out = sample(model, batch, max_new_tokens=8, stop_ids=(),
@@ -565,7 +567,7 @@ def test_bad_settings_are_refused(setting):
 
 
 def test_drawings_in_the_docstrings():
-    result = doctest.testmod(rollout)
+    result = doctest.testmod(conftest)
     assert result.attempted > 1 and result.failed == 0
 
 

@@ -8,7 +8,7 @@ from PIL import ImageOps
 import cue_recovery
 import teacher as teaching
 from scale import offload
-from rollout import append_response
+from conftest import append_response
 from teacher import (PRIVILEGES, at_work, check_same_vocabulary, freeze, frozen_copy, hint,
                      seen, update_ema)
 

@@ -37,6 +37,7 @@ import time
 import traceback
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -51,7 +52,7 @@ import pairs
 import distill
 import model as qwen
 from loss import distill_loss, forward_kl
-from rollout import PlainDecoder, append_response, sample
+from rollout import PlainDecoder, sample
 from scale import decoder as decoding, plan
 from scale.decoder import FastDecoder, fused_norm, norms_of
 from scale.graphs import GraphDecoder
@@ -148,9 +149,10 @@ def padded_is_alone(bench, model, processor):
 @torch.no_grad()
 def cached_is_uncached(bench, model, processor):
     """Nats between a token's log-probability when sampled and when all are read at once."""
-    batch = bench.batch(processor, 3)
-    out = bench.sample(model, processor, batch)
-    both = append_response(batch, out.ids, out.lengths)
+    prompts = bench.prompts(processor, 3)
+    out = bench.sample(model, processor, processor.batch(prompts, device=bench.device))
+    both = processor.batch([replace(p, ids=p.ids + ids)
+                            for p, ids in zip(prompts, out.ids.tolist())], device=bench.device)
     logits = model(**both, use_cache=False, logits_to_keep=bench.T + 1).logits[:, :-1].float()
     logits[..., processor.sampling["banned_ids"]] = float("-inf")
     scored = logits.log_softmax(-1).gather(2, out.ids[..., None])[..., 0]           # (R, T)
