@@ -79,8 +79,9 @@ def random_model(config: dict, folder: Path, dtype, attention: str):
     import shutil
     import transformers
     import model as qwen
+    from scale.checkpoint import PROCESSOR_FILES
     folder.mkdir(parents=True, exist_ok=True)
-    for name in qwen.PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (qwen.TINY / name).exists():
             shutil.copyfile(qwen.TINY / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config))
