@@ -351,31 +351,27 @@ class Processor:
             question += "\n" + record["instruction"]
         if hint is not None:
             question += f"\n[Hint]: {hint}"
-        shown = [("", "<|image_pad|>", grid) for grid in grids]
+        shown = [("", self.image_id, grid) for grid in grids]
         if record.get("video"):     # a row of stamped moments, each like a picture
             grid, times = self._moments(record)
-            shown += [(f"<{time:.1f} seconds>", "<|video_pad|>", grid) for time in times]
-        vision = []
+            shown += [(f"<{time:.1f} seconds>", self.video_id, grid) for time in times]
+        mark, vision = self.control, []
         for stamp, pad, (_, gh, gw) in shown:
-            vision += [stamp, ("<|vision_start|>", 1), (pad, gh * gw // self.merge**2),
-                       ("<|vision_end|>", 1)]
-        return self.encode(
-            ("<|im_start|>", 1), f"system\n{SYSTEM}", ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "user\n", *vision, question, ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "assistant\n",
-            *((part, 1) if part in self.control else part
-              for part in re.split("(<[^<>]*>)", self.answer_prefix)))
+            vision += [stamp, mark["<|vision_start|>"], *[pad] * (gh * gw // self.merge**2),
+                       mark["<|vision_end|>"]]
+        start, end = mark["<|im_start|>"], mark["<|im_end|>"]
+        prefix = [mark.get(part, part) for part in re.split("(<[^<>]*>)", self.answer_prefix)]
+        return self.encode(start, f"system\n{SYSTEM}", end, "\n",
+                           start, "user\n", *vision, question, end, "\n",
+                           start, "assistant\n", *prefix)
 
-    def encode(self, *parts) -> list[int]:
-        """Ids of plain text, in which control strings stay text, and (control token, repeat) pairs.
+    def encode(self, *parts: str | int) -> list[int]:
+        """Ids of texts, in which control strings stay text; ids among them are taken as they are.
         """
         ids = []
         for plain, run in groupby(parts, key=lambda part: isinstance(part, str)):
-            if plain:           # BPE may merge across two strings, so join them first
-                ids += self._plain.encode("".join(run), add_special_tokens=False).ids
-            else:
-                for name, repeat in run:
-                    ids += [self.control[name]] * repeat
+            # BPE may merge across two strings, so join them first
+            ids += self._plain.encode("".join(run), add_special_tokens=False).ids if plain else run
         return ids
 
     def decode(self, ids) -> str:

@@ -274,7 +274,7 @@ def test_pitfall_2_teacher_and_student_share_header_and_prefix(processor):
     the first tokens of every answer were scored as a disagreement. Only the hint may differ."""
     record = {"images": [noise(96, 64)], "question": "Which shape is red"}
     student, teacher = processor.prompt(record), processor.prompt(record, "a circle")
-    tail = processor.encode(*[(t, 1) if t.startswith("<") else t for t in TAIL])
+    tail = processor.encode(*[processor.control.get(t, t) for t in TAIL])
     start = len(student.ids) - len(tail)
     assert student.ids[start:] == teacher.ids[-len(tail):] == tail
     assert student.ids[:start] == teacher.ids[:start]
