@@ -38,7 +38,7 @@ from rollout import sample
 from scale.answers import answer_into, saved_answers
 from scale.asked import DECODING, add_decoding, fill_in, load_asked
 from scale.checkpoint import read_jsonl
-from scale.checks import number, one_line
+from scale.checks import number, one_line, quiet
 from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
@@ -166,7 +166,7 @@ def main(argv=None) -> None:
         if word in MOVED:
             raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
     args = read_arguments(argv)
-    qwen.quiet()
+    quiet()
     with one_line("evaluate.py", lambda: answers_kept(args.out)):
         own = fill_in(args)
         main_records(args, own) if args.ask is None else main_ask(args)

@@ -63,7 +63,7 @@ ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
 # Dimension letters: B rows, L tokens, P patch size, N visual tokens.
 
 
-# ---------------------------------------------------------------------------- load and save
+# ---------------------------------------------------------------------------- load
 
 def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
@@ -101,7 +101,6 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     needs). Raises for another architecture, and for weights that are not exactly the model's: one
     missing, one too many, one of another shape.
     """
-    import transformers
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -110,6 +109,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     torch.backends.cuda.enable_cudnn_sdp(False)
     folder = find_folder(path, weights=False)
     processor = Processor(folder, min_pixels, max_pixels)       # before any weight is fetched
+    import transformers
     kind = getattr(transformers, ARCHITECTURES[model_config(folder)["model_type"]])
     if device.type == "meta":
         with device:
@@ -168,17 +168,6 @@ def _read_weights(kind, folder: Path, device: torch.device, dtype: torch.dtype, 
         if names:
             raise ValueError(f"{folder}: {len(names)} weights are {what}: {sorted(names)[:5]}")
     return model if there else model.to(device)
-
-
-def quiet() -> None:
-    """No bar while weights are read from disk, for scripts that print their own; downloads keep it.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-    silent = are_progress_bars_disabled()
-    logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
-    if not silent:
-        enable_progress_bars()
 
 
 # What Jinja, as transformers sets it up, makes of the last lines of a template, rule by rule.

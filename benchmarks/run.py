@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import readers, scores  # noqa: E402
 from benchmarks.counting import interval, percent  # noqa: E402
 from evaluate import GROUP, answer, judge, summarise  # noqa: E402
-from model import find_folder, quiet  # noqa: E402
+from model import find_folder  # noqa: E402
 from scale import checkpoint  # noqa: E402
 from scale.answers import answer_into, check_saved  # noqa: E402
 from scale.asked import add_decoding, fill_in, load_asked  # noqa: E402
-from scale.checks import number, one_line  # noqa: E402
+from scale.checks import number, one_line, quiet  # noqa: E402
 from scale.identity import checkpoint_digest  # noqa: E402
 
 # The paper's decoding, table 4: temperature, nucleus, penalty, pixels of a picture or frame.

@@ -793,7 +793,7 @@ def test_quiet_leaves_the_bars_of_downloads():
     from huggingface_hub.utils import are_progress_bars_disabled
     logging = transformers.utils.logging
     try:
-        qwen.quiet()
+        checks.quiet()
         assert not logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     finally:
         logging.enable_progress_bar()

@@ -182,8 +182,8 @@ def expected_peaks(planned) -> dict:
 
 def warm_up(distill, dtype: str, device: str = "cpu") -> None:
     """A step of the tiny checkpoint, for what is imported and allocated once."""
-    import model as qwen
-    qwen.quiet()
+    from scale.checks import quiet
+    quiet()
     warm = distill.Config(batch_size=2, max_new_tokens=4, privilege="answer", device=device,
                           dtype=dtype)
     step(distill, warm, distill.build_models(warm), records(2, 32))
