@@ -123,7 +123,7 @@ class Config:
     lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
     gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
     score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
-                                   "with and without the hint: for one that no GPU holds whole")
+                                   "with and without it: for one that no GPU holds whole")
     offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
@@ -202,7 +202,7 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
     scale: what scale/ adds; Scale() is the plain thing.
     """
-    # 1) prompts: what the student sees, and the same with the privilege in it
+    # 1) prompts: what the student sees, and the same with the privilege
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
     sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
@@ -239,13 +239,16 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
 
 def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
     """What the student sees of each record, and what the teacher; a picture is decoded once."""
+    # with a view the teacher's pictures are others, else both share the pixels of one prompt
+    others = ([teaching.seen(r, privilege) for r in records]
+              if "teacher_images" in teaching.NEEDS[privilege] else [])
     with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
-        prompts = list(pool.map(processor.prompt, records))
+        prompts = list(pool.map(processor.prompt, records + others))
     if read_pictures:
         prompts = read_pictures(prompts)
-    return prompts, [processor.prompt(record, teaching.hint(record, privilege),
-                                        pictures_from=prompt)
-                     for record, prompt in zip(records, prompts)]
+    prompts, shown = prompts[:len(records)], prompts[len(others):]
+    return prompts, [processor.prompt(record, teaching.hint(record, privilege), pictures_from=of)
+                     for record, of in zip(records, shown)]
 
 
 def sample_responses(student, processor, prompts, uniforms, config, decoder) -> Rollout:
@@ -387,7 +390,8 @@ def scale_for(config: Config, student, teacher, processor) -> Scale:
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
     """(graded rows, their summary) of the test records, greedily; shared by all processes."""
     with scale.sampling(model), checks.named("evaluation"):
-        rows = evaluate.evaluate(model, processor, sharding.share(test),
+        asked = [teaching.seen(r, privilege) for r in sharding.share(test)]
+        rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
                                  batch_size=min(64, config.sample_batch),
@@ -400,8 +404,8 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
 
 
 def answer_gain(teacher, processor, test, config, scale) -> float:
-    """Nats per test record that the hint is worth to the teacher, without sampling a token:
-    log p(answer | hint) - log p(answer), the answer read as "\\boxed{...}"."""
+    """Nats per test record that the privilege is worth to the teacher, without sampling a token:
+    log p(answer | privilege) - log p(answer), the answer read as "\\boxed{...}"."""
     records = sharding.share(test)
     prompts, hinted = read_prompts(processor, records, config.privilege)
     responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
@@ -434,19 +438,19 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     taught, useless = {}, False
     if config.privilege != "none":
         taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
-        print(f"the hint makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
+        print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
               f"teacher ({len(test[:64])} records, scored)")
         useless = taught["answer_gain"] <= 0
     if not config.score_privilege:
         visit = offload.brought(teacher, student.device)
         with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
             taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
-                                  "teacher, hinted")[1]
+                                  f"teacher, {config.privilege}")[1]
         print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
         useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
     if useless:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
-              "little to learn. Look at the hints, or choose another --privilege.")
+              "little to learn. Look at what it is told, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)

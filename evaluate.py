@@ -143,7 +143,7 @@ def read_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--limit", type=number(int, -1), default=-1,
                         help="first so many records, 0 for all, -1 for the run's own or all")
     parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
-                        help="give the model this hint, as a teacher would see it")
+                        help="tell or show the model this, as if it were a teacher")
     parser.add_argument("--instruction", help="behind each question that has none of its own "
                         "(default: the run's; for a hub model: to reason and box the answer)")
     parser.add_argument("--out", default="", help="write every question and answer here as JSONL, "
@@ -183,9 +183,9 @@ def main_records(args, own: dict) -> None:
     data = args.data or own["eval_data"] or str(
         toy.default(large=Path(args.model).resolve() != qwen.TINY) / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
-    needs = () if args.privilege == "none" else (args.privilege,)
-    records = [{"instruction": args.instruction, **record}
-               for record in record_files.load(data, needs)[:limit or None]]
+    records = record_files.load(data, teaching.NEEDS[args.privilege])[:limit or None]
+    records = [teaching.seen({"instruction": args.instruction, **record}, args.privilege)
+               for record in records]
     record_files.check_pictures(records)
     decoding = {name: getattr(args, name) for name in DECODING}
     asked = {"hint": lambda r: teaching.hint(r, args.privilege), **decoding}

@@ -11,6 +11,7 @@ The one equation (m seeds, mean x, standard deviation s, t of m - 1 degrees of f
     x +- t_{0.975, m - 1} s / sqrt(m)
 
 Run  python analysis/compare.py runs/a0 runs/a1 runs/b0 runs/b1 --out grid
+     python analysis/compare.py runs/grid/* --keep docs/results      small copies: a table to check
 
 How to read it
 1) A student's interval is over seeds (Student's t) and one seed has none. The base and the teacher
@@ -51,6 +52,9 @@ SHOWN = ("privilege", "teacher", "module", "train")      # have columns of their
 # Settings that the base model's own number depends on; for the teacher's, two more.
 BASE = ("student", "eval_data", "eval_limit", "max_new_tokens", "min_pixels", "max_pixels", "dtype")
 TEACHER = (*BASE, "teacher", "privilege")
+# Of each step, what keep() keeps.
+KEPT = ("step", "loss", "length", "tokens", "hint_rows", "hint_count", "cut_off", "accuracy",
+        "grounded", "reward", "informative")
 COLUMNS = ("kind", *SHOWN, "other", "seeds", "interval_over", "accuracy", "accuracy_low",
            "accuracy_high", "gain", "gain_low", "gain_high", "module_gain", "module_gain_low",
            "module_gain_high", "module_gain_seeds", "grounded", "grounded_low", "grounded_high",
@@ -118,8 +122,27 @@ class Run:
         if name in MODULE[1:] and self.module == "off":
             return None                      # settings of a module that is not there
         value = self.module if name == "module" else self.args.get(name)
-        return re.sub(r"^.*/(?=data/(?:tiny-[\w-]+$|toy/))", "", value) if isinstance(
-            value, str) else value
+        return relative(value)
+
+
+def relative(value):
+    """A path below data/ without the checkout before it; anything else as it is."""
+    return re.sub(r"^.*/(?=data/(tiny-[\w-]+$|toy[\w-]*/))", "", value) if isinstance(
+        value, str) else value
+
+
+def keep(run: Run, folder: Path) -> None:
+    """A copy of a few kB in folder/NAME that compare() reads like the run: no answers, no paths,
+    four digits of what a step measured."""
+    folder = folder / run.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {name: value for name, value in run.before.items() if name != "rows"}
+    for name, part in (("args", run.args), ("before", before), ("result", run.result)):
+        part = {key: relative(value) for key, value in part.items()}
+        (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n")
+    lines = [json.dumps({name: float(f"{value:.4g}") if isinstance(value, float) else value
+                         for name, value in step.items() if name in KEPT}) for step in run.metrics]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def load_run(folder, defaults: dict | None = None) -> Run:
@@ -333,12 +356,18 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--out", default="", metavar="NAME", help="also write NAME.md and NAME.csv")
+    parser.add_argument("--keep", default="", metavar="FOLDER",
+                        help="also copy what the table needs of each finished run to FOLDER/RUN")
     args = parser.parse_args(argv)
     found = list({Path(run).resolve(): run for run in args.runs}.values())     # each folder once
     files = [name for name in found if Path(name).is_file()]     # such as logs that runs/* matches
     with one_line("compare.py"):
         defaults = asdict(Config())
-        rows, notes = compare([load_run(name, defaults) for name in found if name not in files])
+        runs = [load_run(name, defaults) for name in found if name not in files]
+        rows, notes = compare(runs)
+        for run in runs if args.keep else ():
+            if run.result:
+                keep(run, Path(args.keep))
     if files:
         notes.append(f"{len(files)} files left out, such as {files[0]}: a run is a folder")
     text = markdown(rows, notes)

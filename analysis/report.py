@@ -94,10 +94,17 @@ class Example:
     tiles: list[Image.Image]
     before: Answer | None = None
     after: Answer | None = None
+    seen: dict | None = None             # the record with the pictures that the teacher sees
 
     @property
     def title(self) -> str:
         return f"{self.record['id']}: {self.record['question']}"
+
+    @property
+    def told(self) -> str:
+        """The privilege, in words."""
+        other = self.seen is not None and self.seen is not self.record
+        return "; ".join(filter(None, ["other pictures" * other, self.hint])) or "none"
 
     def answers(self) -> dict[str, Answer | None]:
         return {"before training": self.before, "after training": self.after}
@@ -200,15 +207,15 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     config.device, config.dtype = device or config.device, dtype or config.dtype
     config.offload_teacher = False           # it reads beside the student here, on one device
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
-    needs = () if config.privilege == "none" else (config.privilege,)
     try:
         records = [with_frames({"instruction": run.args.get("instruction", ""), **r})
-                   for r in record_files.load(config.eval_data, needs)[:count]]
+                   for r in record_files.load(config.eval_data,
+                                           teaching.NEEDS[config.privilege])[:count]]
         start, teacher, processor = distill.build_models(config)
         if config.teacher == "ema":
             load_averaged(teacher, run)
-        run.examples = [Example(r, teaching.hint(r, config.privilege), tiles_of(r, processor))
-                        for r in records]
+        run.examples = [Example(r, teaching.hint(r, config.privilege), tiles_of(r, processor),
+                                seen=teaching.seen(r, config.privilege)) for r in records]
         for example in run.examples:
             example.before = answer(start, teacher, processor, example, limit)
         del start
@@ -257,7 +264,7 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
         if cue is not None:
             cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    hinted = processor.prompt(example.record, example.hint, pictures_from=prompt)
+    hinted = processor.prompt(example.seen or example.record, example.hint)
     verdict = judge(example.record, processor.decode(ids), bool(got.stopped[0]), len(ids))
     return Answer(pieces(ids.tolist(), processor.decode),
                   token_logprobs(student, processor, prompt, ids),
@@ -459,7 +466,7 @@ def rollouts_section(run: Run) -> str:
         out.append(f'<article><h3>{escape(example.title)}</h3><div class="asked">{pictures}'
                    f'<dl><dt>Answer</dt><dd>{escape(str(example.record["answer"]))}</dd>'
                    '<dt>Hint, for the teacher only</dt>'
-                   f'<dd>{escape(example.hint or "none")}</dd></dl></div>'
+                   f'<dd>{escape(example.told)}</dd></dl></div>'
                    f'<div class="both">{said}</div></article>')
     return "".join(out)
 

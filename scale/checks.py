@@ -248,8 +248,7 @@ def check_data(config, processor) -> tuple[list[dict], list[dict]]:
     for path in (config.data, config.eval_data):
         if command := sources.known_raw(path):
             raise ValueError(f"{path} holds raw files; make records of them: {command}")
-    needs = () if config.privilege == "none" else (config.privilege,)
-    out = []
+    needs, out = teaching.NEEDS[config.privilege], []
     for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):
         out.append([{"instruction": config.instruction, **record}
                     for record in record_files.load(path, needs)][:limit])
@@ -258,10 +257,8 @@ def check_data(config, processor) -> tuple[list[dict], list[dict]]:
                          "nothing: the module asks the picture")
     record_files.check_pictures(out[0] + out[1], config.check)
     for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
-        # the teacher's prompt is the student's and a line more, so its length decides for both
         kept = [r for r in tqdm(out[n], f"{kind} prompts", disable=None, leave=False)
-                if processor.length(r, teaching.hint(r, config.privilege))
-                <= config.max_prompt_tokens]
+                if longest_prompt(r, config.privilege, processor) <= config.max_prompt_tokens]
         if not kept:
             raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
                              f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
@@ -269,6 +266,13 @@ def check_data(config, processor) -> tuple[list[dict], list[dict]]:
               f"longer than {config.max_prompt_tokens} tokens")
         out[n] = kept
     return tuple(out)
+
+
+def longest_prompt(record: dict, privilege: str, processor) -> int:
+    """Tokens of the student's prompt or the teacher's: a hint makes it longer, a view may not."""
+    seen = teaching.seen(record, privilege)
+    told = processor.length(seen, teaching.hint(record, privilege))
+    return told if seen is record else max(told, processor.length(record))
 
 
 def check_memory(config) -> None:

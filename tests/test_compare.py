@@ -191,6 +191,20 @@ def test_the_command_writes_the_same_table_twice(tmp_path, capsys):
     assert float(rows[2]["accuracy_low"]) == pytest.approx(0.8 - 4.3027 * 0.1 / 3**0.5, abs=1e-5)
 
 
+def test_small_copies_give_the_same_table(tmp_path, capsys):
+    runs = [make_run(tmp_path, f"a{n}", 0.8 + n / 100, seed=n, before_limit=0,
+                     data=f"/home/me/{n}/data/toy-wrong/train.jsonl").folder for n in range(2)]
+    compare.main([*map(str, runs), "--keep", str(tmp_path / "kept")])
+    before = capsys.readouterr().out
+    kept = sorted((tmp_path / "kept").iterdir())
+    assert [folder.name for folder in kept] == ["a0", "a1"]
+    compare.main([*map(str, kept)])
+    assert capsys.readouterr().out == before
+    assert "home" not in (kept[0] / "args.json").read_text()
+    assert json.loads((kept[1] / "args.json").read_text())["data"] == "data/toy-wrong/train.jsonl"
+    assert sum(file.stat().st_size for file in kept[0].iterdir()) < 20_000
+
+
 def test_names_cannot_break_the_table(tmp_path):
     text = compare.grid([["a"], ["x|y\nz"]])
     assert text.splitlines()[-1] == "| x\\|y z |" and len(text.splitlines()) == 3

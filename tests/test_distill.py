@@ -21,6 +21,7 @@ import model as qwen
 import teacher as teaching
 from analysis import compare, report
 from conftest import ROOT
+from data import toy
 from rollout import sample
 
 
@@ -283,6 +284,39 @@ def test_wrong_input_gets_one_line(argv, message, tmp_path, monkeypatch, toy_fol
         distill.main([*argv, *data])
     text = str(stop.value)
     assert message in text and "\n" not in text
+
+
+def test_a_teacher_with_a_view_reads_its_own_pictures(tiny, records):
+    """Student and teacher are one model, so only the other pictures make a loss: those of the next
+    record. With the frozen tower, which reads each picture once, it is the same loss."""
+    other = [{**r, "teacher_images": of["images"]} for r, of in zip(records, records[1:])]
+    same = [{**r, "teacher_images": r["images"]} for r in records[:6]]
+    assert abs(one_step(tiny, same, privilege="view")[0]["loss"]) < 1e-5
+    _, processor = tiny
+    prompts, hinted = distill.read_prompts(processor, other[:6], "view+cue")
+    for n, (mine, its) in enumerate(zip(prompts, hinted)):
+        assert torch.equal(mine.pixels, processor.prompt(records[n]).pixels)
+        assert torch.equal(its.pixels, processor.prompt(records[n + 1]).pixels)
+        assert "[Hint]: " + records[n]["cue"] in processor.decode(its.ids)
+    seen, _ = one_step(tiny, other, privilege="view")
+    once, _ = one_step(tiny, other, privilege="view", train="language")
+    assert seen["loss"] > 0.05 and once["loss"] == pytest.approx(seen["loss"], rel=1e-5)
+
+
+def test_a_run_with_a_view(tmp_path, monkeypatch, capsys):
+    """Before, during and after; the page of the run; and a record that lacks its view."""
+    monkeypatch.chdir(tmp_path)
+    toy.write("w", 8, 4, views="masked")
+    distill.main(["--data", "w/train.jsonl", "--name", "v", *SMALL, "--steps", "1",
+                  "--privilege", "view"])
+    assert "(privilege: view)" in capsys.readouterr().out
+    report.main(["runs/v", "--records", "2", "--device", "cpu"])
+    assert "other pictures" in (tmp_path / "runs" / "v" / "report.html").read_text()
+    text = (tmp_path / "w" / "train.jsonl").read_text()
+    (tmp_path / "w" / "train.jsonl").write_text(text.replace("teacher_images", "x", 1))
+    monkeypatch.setattr(distill, "build_models", None)
+    with pytest.raises(SystemExit, match="w/train.jsonl:1: .*'teacher_images'"):
+        distill.main(["--data", "w/train.jsonl", "--privilege", "view"])
 
 
 def test_a_record_without_its_privilege_is_refused_before_training(

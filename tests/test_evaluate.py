@@ -289,6 +289,57 @@ def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
     assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
 
 
+def test_controls_change_the_cues_and_nothing_else(tmp_path):
+    """A teacher told another record's cue, or nothing: what is left then is not the cue's doing."""
+    for cues in toy.CUES:
+        toy.write(tmp_path / cues, train=30, test=8, cues=cues)
+    for split in ("train", "test"):
+        own, wrong, empty = (record_files.load(tmp_path / cues / f"{split}.jsonl", ("cue",))
+                             for cues in toy.CUES)
+        assert sorted(r["cue"] for r in own) == sorted(r["cue"] for r in wrong)
+        assert all(a["cue"] != b["cue"] for a, b in zip(own, wrong))
+        assert {r["cue"] for r in empty} == {toy.NOTHING}
+        for rows in (own, wrong, empty):
+            for row in rows:
+                row.pop("cue")
+                row["images"] = Path(row["images"][0]).read_bytes()
+        assert own == wrong == empty
+
+
+@both_worlds
+@pytest.mark.parametrize("views", toy.VIEWS[1:])
+def test_views_are_other_looks_at_the_same_pictures(tmp_path, views, world):
+    toy.write(tmp_path / "own", 3, 2, world=world)
+    toy.write(tmp_path / "other", 3, 2, world=world, views=views)
+    for split in ("train", "test"):
+        own, other = (record_files.load(tmp_path / name / f"{split}.jsonl", needs) for name, needs
+                      in (("own", ()), ("other", ("teacher_images",))))
+        for a, b in zip(own, other):
+            kept, changed = (b["teacher_images"], b["images"]) if views == "blurred" else (
+                b["images"], b["teacher_images"])
+            assert Path(kept[0]).read_bytes() == Path(a["images"][0]).read_bytes()
+            assert a == {name: b[name] for name in a} | {"images": a["images"]}
+            first, second = (Image.open(path[0]).convert("RGB") for path in (kept, changed))
+            scale = 2 if views == "enlarged" else 1
+            assert second.size == (scale * first.width, scale * first.height)
+            assert first.tobytes() != second.tobytes()
+
+
+def test_a_masked_picture_shows_what_the_question_is_about_and_a_marked_one_frames_it():
+    rng = random.Random(3)
+    for scene in scenes("test", 20):
+        picture, question = toy.draw(scene, rng), toy.make_question(scene, rng)
+        about = question.relevant(scene.things)
+        masked, marked = (toy.view(picture, about, kind, toy.CELL) for kind in ("masked", "marked"))
+        for thing in scene.things:
+            middle = ((2 * thing.column - 1) * toy.CELL // 2, (2 * thing.row - 1) * toy.CELL // 2)
+            corner = ((thing.column - 1) * toy.CELL, (thing.row - 1) * toy.CELL)
+            assert marked.getpixel(middle) == picture.getpixel(middle)
+            assert (marked.getpixel(corner) == toy.FRAME) == (thing in about)
+            assert masked.getpixel(middle) == (picture.getpixel(middle) if thing in about
+                                               else toy.PAPER)
+
+
 def test_toy_records_are_records(toy_folder):
     records = record_files.load(toy_folder / "train.jsonl", ("cue", "rationale"))
     assert len(records) == 40 and len({Image.open(r["images"][0]).size for r in records}) > 1
