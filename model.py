@@ -60,6 +60,7 @@ TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
                  "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
+
 # Dimension letters: B rows, L tokens, P patch size, N visual tokens.
 
 
@@ -109,7 +110,7 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     torch.backends.cuda.enable_cudnn_sdp(False)
     folder = find_folder(path, weights=False)
     processor = Processor(folder, min_pixels, max_pixels)       # before any weight is fetched
-    import transformers
+    import transformers         # late: a refusal need not wait for it
     kind = getattr(transformers, ARCHITECTURES[model_config(folder)["model_type"]])
     if device.type == "meta":
         with device:
@@ -172,19 +173,20 @@ def _read_weights(kind, folder: Path, device: torch.device, dtype: torch.dtype, 
 
 # What Jinja, as transformers sets it up, makes of the last lines of a template, rule by rule.
 JINJA = (
-    (r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),       # "-" eats the spaces on its side
-    (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}"),         # a block eats its line's start and end
+    # "-" eats the spaces on its side, a block eats the start and the end of its line
+    (r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),
+    (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}"),
     # a switch that nobody sets here: what stands behind its "else", if anything
     (r"\{% *if enable_thinking is defined and [^%]*%\}[^%]*"
      r"(?:\{% *else *%\}([^%]*))?\{% *endif *%\}", r"\1"),
+    # a text in quotes
     (r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""", lambda literal: literal[2].replace("\\n", "\n")))
 
 
 def _answer_prefix(folder: Path) -> str:
-    """What the checkpoint's chat template puts between "<|im_start|>assistant\\n" and the answer:
+    """What the chat template puts behind the assistant's header: "", or "<think>\\n".
 
-    nothing, or "<think>\\n" where the model reasons first. The template is only read, never
-    run; ValueError for one that is not understood, and nothing where there is none.
+    It is only read, never run. ValueError for one that is not understood; "" if there is none.
     """
     path, template = folder / "chat_template.jinja", None
     if path.exists():
@@ -355,8 +357,7 @@ class Processor:
                            start, "assistant\n", *prefix)
 
     def encode(self, *parts: str | int) -> list[int]:
-        """Ids of texts, in which control strings stay text; ids among them are taken as they are.
-        """
+        """Ids of texts, in which control strings stay text; ids among them stay as they are."""
         ids = []
         for plain, run in groupby(parts, key=lambda part: isinstance(part, str)):
             # BPE may merge across two strings, so join them first
