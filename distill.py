@@ -539,7 +539,7 @@ def finish(student, processor, test, dev, config, scale, folder, before, started
 @sharding.peers()
 def main(argv=None) -> None:
     config, resume = read_config(argv)
-    qwen.quiet()
+    checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)

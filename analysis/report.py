@@ -49,10 +49,10 @@ from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
 from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
-from model import load, quiet, to_rgb  # noqa: E402
+from model import load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
-from scale.checks import one_line  # noqa: E402
+from scale.checks import one_line, quiet  # noqa: E402
 
 # Dimension letters: T response tokens, h x w visual tokens of a picture, D hidden, V vocabulary.
 

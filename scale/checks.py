@@ -54,6 +54,17 @@ def one_line(script: str, advice=lambda: ""):
         raise SystemExit(130) from None
 
 
+def quiet() -> None:
+    """No bar while weights are read from disk, for scripts that print their own; downloads keep it.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+    silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
+    if not silent:
+        enable_progress_bars()
+
+
 @contextmanager
 def named(place: str):
     """NaN met in this block is reported with the place, a step or an evaluation, before it."""

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks import readers, run
-from scale import checkpoint
+from scale import asked, checkpoint
 import evaluate
 import fabricate
 from benchmarks.scores import PAPER_COLUMNS
@@ -178,11 +178,11 @@ def test_a_link_to_a_checkpoint_finds_the_run_it_belongs_to(tmp_path, monkeypatc
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(folder)
     for path in (folder, tmp_path / "link", Path(".")):
-        own = evaluate.run_settings(path)
+        own = asked.run_settings(path)
         assert own["max_new_tokens"] == 7 and own["min_pixels"] == 0        # an older run's
     (folder.parent / "args.json").write_text("{")
     with pytest.raises(ValueError, match="args.json: not valid JSON"):
-        evaluate.run_settings(folder)
+        asked.run_settings(folder)
 
 
 @pytest.mark.parametrize("main, flags", [

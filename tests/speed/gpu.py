@@ -53,7 +53,7 @@ import distill
 import model as qwen
 from loss import distill_loss, forward_kl
 from rollout import PlainDecoder, sample
-from scale import decoder as decoding, plan
+from scale import checks, decoder as decoding, plan
 from scale.decoder import FastDecoder, fused_norm, norms_of
 from scale.graphs import GraphDecoder
 from step_2b import shape
@@ -439,7 +439,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--minutes", type=float, default=8, help="begin no part after so many")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=[*PARTS])
     args = parser.parse_args(argv)
-    qwen.quiet()
+    checks.quiet()
     torch.backends.cuda.enable_cudnn_sdp(False)                  # as model.load does
     pairs.DEVICE = module.DEVICE = torch.device(args.device)     # their clock, and their tensors
     bench, start, parts, seconds = Bench(args.device, args.quick), time.monotonic(), {}, {}

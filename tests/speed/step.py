@@ -44,7 +44,7 @@ from PIL import Image  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import model as qwen  # noqa: E402
-from scale import checkpoint
+from scale import checkpoint, checks  # noqa: E402
 import teacher as teaching  # noqa: E402
 from scale import vision  # noqa: E402
 from data import records as record_files, toy  # noqa: E402
@@ -393,7 +393,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="0: 11, or 2 with --quick")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 11)
-    qwen.quiet()
+    checks.quiet()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     train = record_files.load(toy.default() / "train.jsonl", ("cue",))
     batches = [distill.batch_of(train, n, args.batch, 0) for n in range(rounds + 1)]
