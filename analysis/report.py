@@ -468,7 +468,7 @@ def rollouts_section(run: Run) -> str:
     if not run.examples:
         return note or missing("No answers: the models were not asked (--records 0).")
     out = [note, "<p>The first test records, answered greedily now. Each answer stands there once "
-           "for each other reader, and a token's colour is how much more likely that reader finds it "
+           "for each other reader; a colour is how much more likely that reader finds the token "
            "than the student, in nats. Coloured only with the hint: the token hangs on this hint. "
            "The same with a wrong hint: any hint does it. Orange without the picture (the student "
            "itself): it was seen. Point at a token or touch it for its numbers.</p>", legend()]
@@ -480,7 +480,8 @@ def rollouts_section(run: Run) -> str:
         out.append(f'<article><h3>{escape(example.title)}</h3><div class="asked">{pictures}'
                    f'<dl><dt>Answer</dt><dd>{escape(str(example.record["answer"]))}</dd>'
                    '<dt>Hint, for the teacher only</dt>'
-                   f'<dd>{escape(example.hint or "none")}</dd><dt>Wrong hint, of another record</dt>'
+                   f'<dd>{escape(example.hint or "none")}</dd>'
+                   '<dt>Wrong hint, of another record</dt>'
                    f'<dd>{escape(example.wrong or "none")}</dd></dl></div>'
                    f'<div class="both">{said}</div></article>')
     return "".join(out)
