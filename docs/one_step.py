@@ -199,6 +199,32 @@ drawings.chips([(name(token), f"{one:.2f}", one / max(nats)) for token, one in z
 drawings.bars({"student": likeliest(log_p[worst], 2), "teacher": likeliest(log_q[worst], 2)})
 
 # %% [markdown]
+# **Why this token?** Three readings of the same answer tell where a token comes from. *Cue*: the
+# teacher, as above. *Wrong cue*: the teacher is told the cue of another picture. *No picture*: the
+# model reads the question alone. For each we print the log-probability of the token there, minus
+# the student's.
+#
+# The sum of the first column is the answer's **nats of privilege**,
+# $\log p_T(y \mid X, S) - \log p_\theta(y \mid X)$, with X for picture and question, S for the cue.
+# Both models still have the same weights, so it is the pointwise information that the cue gives
+# about this answer.
+
+# %%
+wrong = processor.prompt(record, hint(records.load(toy.default() / "test.jsonl")[2], "cue"))
+blind = processor.prompt(record | {"images": []})
+with torch.no_grad():
+    others = [read(teacher, [asked], answers)[0].log_softmax(-1) for asked in (wrong, blind)]
+why = torch.stack([(one - log_p.detach())[range(T), answer] for one in (log_q, *others)], 1)
+print(f" n  {'y_n':12}{'cue':>8}{'wrong cue':>12}{'no picture':>12}      (0.5 nats or more)")
+for n in (why.abs().max(1).values >= 0.5).nonzero()[:, 0].tolist():
+    print(f"{n + 1:2}  {name(answer[n])!r:12}{why[n, 0]:+8.2f}{why[n, 1]:+12.2f}{why[n, 2]:+12.2f}")
+print("    {:12}{:+8.2f}{:+12.2f}{:+12.2f}".format("sum", *why.sum(0).tolist()))
+
+# %% [markdown]
+# The full stop is unlikely with *this* cue only: another cue, or no picture at all, even makes it
+# likelier. A row number is unlikely without the picture, and the cue agrees with it: the student
+# has seen it. The nats of privilege are negative, since the cue speaks against this answer.
+#
 # The loss is the mean over the tokens of an answer, then over answers (eq. 7). We have one answer.
 # `distill_loss` of `loss.py` gives the same numbers. It takes hidden states instead of logits, so
 # that a vocabulary of 151,936 words fits into memory.
