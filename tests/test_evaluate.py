@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from analysis import probe
 from benchmarks import readers, run
 from scale import asked, checkpoint
 import evaluate
@@ -183,6 +184,14 @@ def test_a_link_to_a_checkpoint_finds_the_run_it_belongs_to(tmp_path, monkeypatc
     (folder.parent / "args.json").write_text("{")
     with pytest.raises(ValueError, match="args.json: not valid JSON"):
         asked.run_settings(folder)
+
+
+@pytest.mark.parametrize("main", [evaluate.main, probe.main])
+def test_a_model_that_is_not_there_is_said_before_a_world_is_drawn(main, monkeypatch):
+    """A mistyped name drew the large world, for minutes, and was refused then."""
+    monkeypatch.setattr(toy, "default", None)
+    with pytest.raises(SystemExit, match="runs/zz/checkpoint is not a folder"):
+        main(["--model", "runs/zz/checkpoint"])
 
 
 @pytest.mark.parametrize("main, flags", [
