@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -289,6 +290,15 @@ def test_each_world_has_a_folder_of_its_own(tmp_path, monkeypatch):
     assert toy.default() == tmp_path / "toy" and toy.default(large=True) == tmp_path / "toy-large"
     assert drawn == [("toy", 3000, 512, 256, "toy"),
                      ("toy-large", 7040, 512, 256, "toy-large")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_drawing_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(toy, "write_split", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        toy.write(tmp_path / "toy", 6, 4)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_world_without_dev_records_gets_them_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
