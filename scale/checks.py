@@ -144,6 +144,9 @@ def check_placement(device=None, dtype=None,
     if package and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
                          f"{str(dtype).removeprefix('torch.')}; sdpa does")
+    if attention == "eager" and dtype == torch.float64:
+        raise ValueError("--attention eager takes its softmax in float32, where float64's mask is "
+                         "-inf and padding NaN; for --dtype float64 take --attention sdpa")
     return device, dtype
 
 

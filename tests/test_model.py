@@ -753,6 +753,7 @@ def test_dtype_and_mode(dtype):
     ({"device": "gpu"}, "'gpu' is none of cpu, cuda"), ({"device": "cuda:99"}, "no such device"),
     ({"dtype": "bf16"}, "'bf16' is none of float32, bfloat16"),
     ({"dtype": torch.int8}, "none of float32"), ({"attention": "flash"}, "'flash' is none of sdpa"),
+    ({"dtype": "float64", "attention": "eager"}, "for --dtype float64 take --attention sdpa"),
     ({"attention": "flash_attention_2", "device": "cpu"}, "flash_attention_2 "
      "(needs a CUDA GPU and the package flash_attn|computes in bfloat16)")])
 def test_a_wrong_name_is_one_line_before_anything_is_read(bad, message):
