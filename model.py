@@ -43,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def find_folder(path, weights: bool = True) -> Path:
         if weights:         # said once: load() looks for the small files first
             print(f"{path} is not there, reading {old}, which a killed save left behind")
         return old
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", str(path)):
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
                                 f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
     from huggingface_hub import snapshot_download
@@ -87,7 +88,7 @@ def find_folder(path, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # offline, no such name, no permission: the hub raises many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(str(error), 160, placeholder=" ...")
         raise ConnectionError(f"cannot get {path} from the hub ({type(error).__name__}: {reason}); "
                               f"give a local folder; the tiny default is {TINY}") from None
 

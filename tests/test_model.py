@@ -721,7 +721,8 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("path, kind", [("nobody-at-all/no-such-model", ConnectionError),
                                         ("./no/such/folder", FileNotFoundError),
-                                        ("no-such-model", FileNotFoundError)])
+                                        ("no-such-model", FileNotFoundError),
+                                        ("mistyped/", FileNotFoundError)])
 def test_an_unreachable_model_is_one_line_with_the_default(path, kind):
     """Without a network the hub's own message is a page of traceback. conftest.py sets
     HF_HUB_OFFLINE=1, so this test asks no server."""
