@@ -81,8 +81,9 @@ def find_folder(path, weights: bool = True) -> Path:
             print(f"{path} is not there, reading {old}, which a killed save left behind")
         return old
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", str(path)):
+        default = f"; the tiny default is {TINY}" if Path(path) != TINY else ""
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
-                                f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
+                                f"Qwen/Qwen3-VL-2B-Instruct){default}")
     from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors" if weights else CUE_FILE]
     try:
@@ -321,7 +322,7 @@ class Processor:
         """
         if pictures_from is not None:
             return replace(pictures_from, ids=self._ids(record, hint, pictures_from.grids))
-        images = record.get("images", [])
+        images = pictures_of(record)
         grids = [self._grid(source, record) for source in images]
         prompt = Prompt(self._ids(record, hint, grids), grids=grids)
         if images:
@@ -334,7 +335,7 @@ class Processor:
 
     def length(self, record: dict, hint: str | None = None) -> int:
         """Tokens that prompt() will give, without decoding the pictures (only their headers)."""
-        grids = [self._grid(source, record) for source in record.get("images", [])]
+        grids = [self._grid(source, record) for source in pictures_of(record)]
         return len(self._ids(record, hint, grids))
 
     def _ids(self, record, hint, grids) -> list[int]:
@@ -473,6 +474,17 @@ class Processor:
 
 
 # ---------------------------------------------------------------------------- pictures
+
+def pictures_of(record: dict) -> list:
+    """Its images. Raises ValueError naming the record if they are no list, or without a question.
+    """
+    images, where = record.get("images", []), f"record {record.get('id', '?')}"
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"{where}: images must be a list, not {images!r}")
+    if "question" not in record:
+        raise ValueError(f"{where} has no question")
+    return images
+
 
 def read_picture(source, record: dict, what: str, call):
     """call(picture), of a PIL image or a path. Raises ValueError("record ID: cannot WHAT picture").
