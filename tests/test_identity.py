@@ -174,6 +174,9 @@ def test_moved_data_can_be_pointed_at_again_and_from_another_folder(world, monke
     assert args["eval_data"] == str(world / "moved" / "test.jsonl")      # it had moved along
     assert (args["steps"], args["sample_batch"], args["micro_batch_tokens"]) == (3, 1, 500)
     assert len(checkpoint.read_jsonl(Path(run) / "metrics.jsonl")) == 3
+    # fewer steps than are done were accepted, and stood in args.json then
+    assert "--steps 2: " in (said := refused(["--resume", run, "--steps", "2"], capsys))
+    assert said.endswith("runs/a has done 3 already")
 
 
 def test_dev_records_are_the_runs_own(world):
