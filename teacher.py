@@ -51,7 +51,8 @@ def hint(record: dict, privilege: str) -> str | None:
     name = privilege.removeprefix("view+")
     if name in ("none", "view"):
         return None
-    text = str(record.get(name) or "").strip()
+    told = record.get(name)
+    text = "" if told is None else str(told).strip()        # an answer may be 0
     if not text:
         raise ValueError(f"record {record.get('id', '?')} has no {name}, "
                          f"which --privilege {privilege} needs")

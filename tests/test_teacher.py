@@ -38,6 +38,7 @@ def test_hint_of_each_privilege():
     assert told.pop("view") is None and told.pop("view+cue") == told["cue"]
     assert told == {
         "none": None, "answer": "2", "rationale": "One and one is two.", "cue": "Two red circles."}
+    assert hint({"answer": 0}, "answer") == "0"         # no record file has it, a caller may
 
 
 @pytest.mark.parametrize("privilege", ["answer", "rationale", "cue", "view"])
