@@ -881,4 +881,6 @@ def _grade(prediction, gold, labels, kind, boxed_required, near):
 
 
 if __name__ == "__main__":
-    print(grade(*sys.argv[1:3]))
+    if len(sys.argv) != 3:
+        sys.exit("usage: python grade.py RESPONSE GOLD")
+    print(grade(*sys.argv[1:]))

@@ -6,6 +6,7 @@ silent on junk, linear in time. Times are asserted only as a guard against a han
 """
 import doctest
 import random
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -259,3 +260,9 @@ def fuzz(count, seed):
 
 if __name__ == "__main__":
     print(fuzz(int(sys.argv[1]), seed=int(sys.argv[2])))
+
+
+def test_the_command_without_its_arguments_says_what_they_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grade.py"])
+    with pytest.raises(SystemExit, match="usage: python grade.py RESPONSE GOLD"):
+        runpy.run_path(grading.__file__, run_name="__main__")
