@@ -598,7 +598,8 @@ def main(argv=None):
             options["source"] = sources.download(str(options["source"]).removeprefix("hub:"))
         run(**options)
     except (OSError, ValueError, ImportError) as error:   # what a user can mend needs no traceback
-        sys.exit(f"error: {error}")
+        known = getattr(error, "filename", None)
+        sys.exit(f"error: {error.filename}: {error.strerror}" if known else f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ def one_line(script: str, advice=lambda: ""):
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        raise SystemExit(f"{script}: {error}{advice()}") from error
+        # "[Errno 2] No such file or directory: 'a'" as a sentence
+        known = getattr(error, "filename", None)
+        said = f"{error.filename}: {error.strerror}" if known else error
+        raise SystemExit(f"{script}: {said}{advice()}") from error
     except KeyboardInterrupt:
         if sharding.is_main():
             print(f"\n{script}: stopped{advice() or '; nothing is saved yet'}", file=sys.stderr)

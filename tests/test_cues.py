@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scale import checkpoint
-from data import cues
+from data import cues, prepare
 from data import leaks
 import model as qwen
 import rollout
@@ -224,3 +224,13 @@ def test_the_audit_command_prints_rate_and_examples(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"cue": "x"}\n')
     with pytest.raises(SystemExit, match="c.jsonl:1"):
         cues.main(["audit", str(tmp_path / "c.jsonl")])
+
+
+@pytest.mark.parametrize("main, argv", [
+    (cues.main, ["audit", "none.jsonl"]),
+    (prepare.main, ["jsonl", "--source", "none.jsonl", "--out", "out"])])
+def test_a_file_that_is_not_there_is_a_sentence(main, argv, tmp_path, monkeypatch):
+    """It was "[Errno 2] No such file or directory: 'none.jsonl'"."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^(cues.py|error): none.jsonl: No such file or directory$"):
+        main(argv)
