@@ -112,6 +112,9 @@ def check_settings(config) -> None:
             raise ValueError(f"--{flag} is {value!r}, none of {', '.join(choices)}")
         if kind in (int, float) and (wrong := out_of_range(value, *f.metadata["range"])):
             raise ValueError(f"--{flag} {wrong}")
+    name = Path(config.name)
+    if config.name and (name.is_absolute() or ".." in name.parts or not name.parts):
+        raise ValueError(f"--name {name} is no folder below runs/")
 
 
 def check_placement(device=None, dtype=None,

@@ -236,6 +236,13 @@ def test_flags_out_of_range_are_one_line(argv, capsys):
     assert f"{argv[0]} is" in said and "expected" in said
 
 
+def test_a_name_stays_below_runs(tmp_path, capsys):
+    """`--name ../evil` wrote beside runs/."""
+    for name in ("../evil", "a/../../evil", str(tmp_path), "."):
+        assert "is no folder below runs/" in refused(["--name", name], capsys)
+    assert distill.read_config(["--name", "grid/cue-0"])[0].name == "grid/cue-0"
+
+
 def test_files_follow_the_umask(world):
     """Weights and state were 0600 under umask 022: a colleague could not read them."""
     for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
