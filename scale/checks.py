@@ -224,6 +224,12 @@ def check_models(config) -> qwen.Processor:
         raise ValueError(f"--privilege none: a teacher that is told nothing and is the student too "
                          f"(--teacher {config.teacher}) agrees with it, at a loss of zero; give a "
                          "bigger --teacher or another --privilege")
+    for used, flag, names in ((config.train == "lora", "--train lora", "lora_rank lora_alpha"),
+                              (config.teacher == "ema", "--teacher ema", "ema_decay"),
+                              (config.cue_recovery, "--cue-recovery", "every sink")):
+        for f in fields(config):
+            if not used and f.name in names.split() and getattr(config, f.name) != f.default:
+                print(f"WARNING: --{f.name.replace('_', '-')} has no effect without {flag}")
     check_placement(config.device, config.dtype, config.attention)
     if config.teacher == "ema" and config.train in ("cue", "lora"):
         raise ValueError(f"--teacher ema: with --train {config.train} the backbone stays as it is, "
@@ -263,6 +269,9 @@ def check_data(config, processor) -> tuple[list[dict], list[dict], list[dict]]:
         beside = Path(config.data).with_name("dev.jsonl")
         useful = config.eval_every and beside.exists() and beside != Path(config.data)
         config.dev_data = str(beside) if useful else "test"
+    if Path(config.eval_data).resolve() == Path(config.data).resolve():
+        print(f"WARNING: {config.data} is trained on and is the test: accuracy will say what was "
+              "learned by heart")
     # kind -> (file, how many of its records, what the teacher is told of them)
     limit = config.eval_limit or None
     files = {"training": (config.data, None, config.privilege),

@@ -457,7 +457,8 @@ def test_the_warning_when_the_privilege_changes_nothing(toy_folder, tmp_path, mo
     data.write_text("".join(json.dumps({**r, "cue": "."}) + "\n" for r in lines))
     distill.main(["--data", str(data), "--eval-data", str(data), "--name", "w", *SMALL,
                   "--steps", "1", "--max-new-tokens", "1"])
-    assert "WARNING: the privilege" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING: the privilege" in said and "is trained on and is the test" in said
 
 
 def test_five_non_finite_steps_end_the_run(toy_folder, tmp_path, monkeypatch):

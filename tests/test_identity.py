@@ -275,6 +275,17 @@ def test_a_teacher_that_is_the_student_and_told_nothing_is_refused(teacher):
         distill.checks.check_models(config)
 
 
+def test_settings_without_effect_are_said(capsys):
+    idle = dict(lora_rank=4, ema_decay=0.5, every=2)
+    distill.checks.check_models(distill.Config(cue_recovery=False, **idle))
+    assert capsys.readouterr().out.splitlines() == [
+        f"WARNING: --{name} has no effect without {flag}" for name, flag in (
+            ("lora-rank", "--train lora"), ("ema-decay", "--teacher ema"),
+            ("every", "--cue-recovery"))]
+    distill.checks.check_models(distill.Config(train="lora", lora_rank=4))
+    assert not capsys.readouterr().out
+
+
 def test_a_picture_cut_short_is_found_before_a_weight_is_loaded(world, monkeypatch):
     """Its header is whole, so it passed; it ended the run at step 6, and every resume after it."""
     monkeypatch.setattr(distill, "build_models", None)
