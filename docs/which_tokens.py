@@ -33,9 +33,10 @@ import drawings  # noqa: E402
 from benchmarks.counting import grid  # noqa: E402
 from data import records as record_files  # noqa: E402
 from loss import distill_loss  # noqa: E402
-from model import load, quiet  # noqa: E402
+from model import last_hidden_state, load  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint  # noqa: E402
+from scale.checks import quiet  # noqa: E402
 from teacher import hint  # noqa: E402
 
 # Dimension letters: B answers, T tokens of an answer, N tokens of all answers, D hidden.
@@ -63,7 +64,7 @@ def by_kind(student, teacher, processor, records, hints, seed: int = 0) -> dict[
     got = sample(student, processor.batch(prompts), max_new_tokens=96,
                  generator=torch.Generator().manual_seed(seed), **processor.sampling)
     answers = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]              # B lists of T
-    states = [distill.response_states(processor, answers, distill.last_hidden_state, asked, model,
+    states = [distill.response_states(processor, answers, last_hidden_state, asked, model,
                                       range(len(records)))
               for model, asked in ((student, prompts), (teacher, hinted))]            # (N, D) each
     kl = distill_loss(*states, student.lm_head.weight, teacher.lm_head.weight)        # (N,)

@@ -41,6 +41,8 @@ SOURCES = {"data": "the training records", "eval_data": "the test records",
            "dev_data": "the dev records", "student": "the start checkpoint",
            "teacher": "the teacher"}
 MOVABLE = {"data", "eval_data", "dev_data"}
+# What a setting meant before it had a name: for runs that were begun then.
+OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
 NO_PATH = ("", "self", "ema", "test")          # what stands in these settings beside paths
 
 
@@ -188,7 +190,7 @@ def settings_of_run(folder: Path, typed: dict, known) -> dict:
         path = own.get(name, "test")
         if "data" in typed and name not in typed and path != "test" and not os.path.exists(path):
             own[name] = ""                   # moved too: looked for beside the training records
-    return {**own, **typed}
+    return {**OLDER, **own, **typed}
 
 
 def make_absolute(config) -> None:
