@@ -175,12 +175,12 @@ def test_tokens_of_each_kind(loaded, records):
     assert sum(found[1]["column number"]) > 0.01
 
 
-def test_which_tokens_needs_kept_students_and_the_start_as_teacher(tmp_path):
-    for teacher, kept in (("self", False), ("ema", True)):
+def test_which_tokens_needs_a_finished_run_whose_teacher_is_the_start(tmp_path):
+    for teacher, finished in (("self", False), ("ema", True)):
         (tmp_path / "args.json").write_text(json.dumps({"teacher": teacher}))
-        if kept:
-            (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"{kept:d} kept students, teacher {teacher}"):
+        if finished:
+            (tmp_path / "checkpoint").mkdir()
+        with pytest.raises(ValueError, match=f"a finished run with --teacher self, not {teacher}"):
             which_tokens.measure(tmp_path, 1)
 
 
