@@ -57,6 +57,7 @@ from rollout import PlainDecoder, Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
 from scale.build import build_models, print_settings
 from scale.decoder import FastDecoder, without_flash
+from scale.graphs import GraphDecoder
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
 
@@ -84,9 +85,12 @@ class Config:
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
     data: str = option("", "training records, JSONL; empty for a drawn world of the student's size")
     eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
-    eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
-    before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
-                               low=0)
+    dev_data: str = option("", "records for the evaluations inside a run, which choose its best "
+                           "student; empty for dev.jsonl beside the training records, if it is "
+                           "there; test for the test records")
+    eval_limit: int = option(512, "use the first so many test and dev records, 0 for all", low=0)
+    before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
+                               "for all", low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
     check: str = option("decode", "pictures before the start: decode all, or read their headers",
                         ("decode", "headers"))
@@ -123,7 +127,9 @@ class Config:
     lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
     gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
     score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
-                                   "with and without the hint: for one that no GPU holds whole")
+                                   "with and without it: for one that no GPU holds whole")
+    graph_decoding: bool = option(False, "a GPU replays each decoding step as one CUDA graph: up to "
+                                  "twice as fast")
     offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
@@ -154,7 +160,7 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
            lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
            max_pixels=0, before_limit=0, instruction="")
 # What a setting meant before it had a name: for runs that were begun then.
-OLDER = dict(threads=0, before_limit=0, instruction="")
+OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
 
 
 def read_config(argv=None) -> tuple[Config, Path | None]:
@@ -174,7 +180,8 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
             help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--resume", metavar="FOLDER", default="",
                         help="go on with this run, with its own settings (limits and what changes "
-                             "memory only may be typed; --data and --eval-data, where they moved)")
+                             "memory only may be typed; --data, --eval-data and --dev-data, if "
+                             "they moved)")
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume")
     try:
@@ -202,7 +209,7 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
     scale: what scale/ adds; Scale() is the plain thing.
     """
-    # 1) prompts: what the student sees, and the same with the privilege in it
+    # 1) prompts: what the student sees, and the same with the privilege
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
     sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
@@ -239,13 +246,16 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
 
 def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
     """What the student sees of each record, and what the teacher; a picture is decoded once."""
+    # with a view the teacher's pictures are others, else both share the pixels of one prompt
+    others = ([teaching.seen(r, privilege) for r in records]
+              if "teacher_images" in teaching.NEEDS[privilege] else [])
     with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
-        prompts = list(pool.map(processor.prompt, records))
+        prompts = list(pool.map(processor.prompt, records + others))
     if read_pictures:
         prompts = read_pictures(prompts)
-    return prompts, [processor.prompt(record, teaching.hint(record, privilege),
-                                        pictures_from=prompt)
-                     for record, prompt in zip(records, prompts)]
+    prompts, shown = prompts[:len(records)], prompts[len(others):]
+    return prompts, [processor.prompt(record, teaching.hint(record, privilege), pictures_from=of)
+                     for record, of in zip(records, shown)]
 
 
 def sample_responses(student, processor, prompts, uniforms, config, decoder) -> Rollout:
@@ -363,7 +373,7 @@ def choose_weights(student, train: str) -> list:
 
 def scale_for(config: Config, student, teacher, processor) -> Scale:
     """The parts of scale/ that this run needs."""
-    scale = Scale(FastDecoder, without_flash)
+    scale = Scale(GraphDecoder if config.graph_decoding else FastDecoder, without_flash)
     if sharding.world > 1:
         @contextmanager
         def sampling(model):
@@ -387,7 +397,8 @@ def scale_for(config: Config, student, teacher, processor) -> Scale:
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
     """(graded rows, their summary) of the test records, greedily; shared by all processes."""
     with scale.sampling(model), checks.named("evaluation"):
-        rows = evaluate.evaluate(model, processor, sharding.share(test),
+        asked = [teaching.seen(r, privilege) for r in sharding.share(test)]
+        rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
                                  batch_size=min(64, config.sample_batch),
@@ -400,8 +411,8 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
 
 
 def answer_gain(teacher, processor, test, config, scale) -> float:
-    """Nats per test record that the hint is worth to the teacher, without sampling a token:
-    log p(answer | hint) - log p(answer), the answer read as "\\boxed{...}"."""
+    """Nats per test record that the privilege is worth to the teacher, without sampling a token:
+    log p(answer | privilege) - log p(answer), the answer read as "\\boxed{...}"."""
     records = sharding.share(test)
     prompts, hinted = read_prompts(processor, records, config.privilege)
     responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
@@ -426,7 +437,7 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
     if before:
         return before
-    everything, test = len(test), test[:config.before_limit or None]
+    test = test[:config.before_limit or None]
     clock = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
     clock = time.perf_counter() - clock
@@ -434,23 +445,23 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     taught, useless = {}, False
     if config.privilege != "none":
         taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
-        print(f"the hint makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
-              f"teacher ({len(test[:64])} records, scored)")
+        print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to "
+              f"the teacher ({len(test[:64])} records, scored)")
         useless = taught["answer_gain"] <= 0
     if not config.score_privilege:
         visit = offload.brought(teacher, student.device)
         with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
             taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
-                                  "teacher, hinted")[1]
+                                  f"teacher, {config.privilege}")[1]
         print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
         useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
     if useless:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
-              "little to learn. Look at the hints, or choose another --privilege.")
+              "little to learn. Look at what it is told, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before | {"seconds": clock * everything / len(test)}
+    return before | {"seconds": clock / len(test)}                  # of one answer
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
@@ -480,15 +491,15 @@ def run_step(student, teacher, processor, records, config, step, optimizer, scal
     return metrics, [responses[0]["response"] for responses in answers]
 
 
-def train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                before) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
-    log = longrun.Log(folder, config, before.get("seconds", 0))
+    log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
     if "seconds" in before:
-        print(longrun.expected(config, before["seconds"] / len(test)))
+        print(longrun.expected(config, before["seconds"]))
 
     def ask(done: int) -> dict:
-        _, now = evaluate_on(student, processor, test, config, scale)
+        _, now = evaluate_on(student, processor, dev, config, scale)
         tqdm.write(f"step {done:4}  {evaluate.line(now)}")
         return now
 
@@ -509,16 +520,18 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, scal
     log.stop.release()
 
 
-def finish(student, processor, test, config, scale, folder, before, started) -> None:
-    """Last evaluation, checkpoint, result.json and the table."""
+def finish(student, processor, test, dev, config, scale, folder, before, started) -> None:
+    """Last evaluations, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
+    # the last student is compared with those before it on their records
+    last = after if dev is test else evaluate_on(student, processor, dev, config, scale)[1]
     save = longrun.student_saver(student, processor)
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    lines = longrun.write_result(folder, config, models, save, time.monotonic() - started,
-                                 student)
+    lines = longrun.write_result(folder, config, models, last, save,
+                                 time.monotonic() - started, student)
     shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
     print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
@@ -526,7 +539,7 @@ def finish(student, processor, test, config, scale, folder, before, started) -> 
 @sharding.peers()
 def main(argv=None) -> None:
     config, resume = read_config(argv)
-    qwen.quiet()
+    checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)
@@ -545,7 +558,7 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
         processor = checks.check_models(config)
-        train, test = checks.check_data(config, processor)
+        train, test, dev = checks.check_data(config, processor)
     if sharding.is_main():
         checks.check_memory(config)
     config = sharding.from_main(config)
@@ -566,9 +579,9 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     scale = scale_for(config, student, teacher, processor)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
-        train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+        train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                    before)
-        finish(student, processor, test, config, scale, folder, before, started)
+        finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
         raise SystemExit(checks.out_of_memory(config, folder)) from None
 

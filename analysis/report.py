@@ -57,10 +57,10 @@ from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
 from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
-from model import load, quiet, to_rgb  # noqa: E402
+from model import load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
-from scale.checks import one_line  # noqa: E402
+from scale.checks import one_line, quiet  # noqa: E402
 
 # Dimension letters: T response tokens, h x w visual tokens of a picture, D hidden, V vocabulary.
 
@@ -104,10 +104,17 @@ class Example:
     wrong: str | None = None                         # the hint of another record
     before: Answer | None = None
     after: Answer | None = None
+    seen: dict | None = None             # the record with the pictures that the teacher sees
 
     @property
     def title(self) -> str:
         return f"{self.record['id']}: {self.record['question']}"
+
+    @property
+    def told(self) -> str:
+        """The privilege, in words."""
+        other = self.seen is not None and self.seen is not self.record
+        return "; ".join(filter(None, ["other pictures" * other, self.hint])) or "none"
 
     def answers(self) -> dict[str, Answer | None]:
         return {"before training": self.before, "after training": self.after}
@@ -163,7 +170,8 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
     if args.get("student") == plain["student"]:
         plain |= TOY
     for name, value in args.items():
-        toy = name in ("data", "eval_data") and Path(str(value)).parent == HERE / "data" / "toy"
+        toy = (name in ("data", "eval_data", "dev_data")
+               and Path(str(value)).parent == HERE / "data" / "toy")
         if name not in plain or value == plain[name] or toy:
             continue
         flag = "--" + name.replace("_", "-")
@@ -210,9 +218,8 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     config.device, config.dtype = device or config.device, dtype or config.dtype
     config.offload_teacher = False           # it reads beside the student here, on one device
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
-    needs = () if config.privilege == "none" else (config.privilege,)
     try:
-        records = record_files.load(config.eval_data, needs)
+        records = record_files.load(config.eval_data, teaching.NEEDS[config.privilege])
         hints = [teaching.hint(r, config.privilege) for r in records]
         start, teacher, processor = distill.build_models(config)
         if config.teacher == "ema":
@@ -220,7 +227,8 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
         for n, record in enumerate(records[:count]):
             record = with_frames({"instruction": run.args.get("instruction", ""), **record})
             wrong = next((hint for hint in hints[n:] + hints[:n] if hint != hints[n]), None)
-            run.examples.append(Example(record, hints[n], tiles_of(record, processor), wrong))
+            run.examples.append(Example(record, hints[n], tiles_of(record, processor), wrong,
+                                        seen=teaching.seen(record, config.privilege)))
         for example in run.examples:
             example.before = answer(start, teacher, processor, example, limit)
         del start
@@ -266,9 +274,11 @@ def answer(student, teacher, processor, example: Example, max_new_tokens: int) -
     finally:
         cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    reads = {HINTED: (teacher, processor.prompt(record, example.hint, prompt))}
+    told = example.seen or record
+    shown = prompt if told is record else None       # with a view the teacher has its own pictures
+    reads = {HINTED: (teacher, processor.prompt(told, example.hint, shown))}
     if example.wrong:
-        reads["with a wrong hint"] = teacher, processor.prompt(record, example.wrong, prompt)
+        reads["with a wrong hint"] = teacher, processor.prompt(told, example.wrong, shown)
     if grids:        # the student itself, so that its weights make no difference
         blind = processor.prompt(record | {"images": [], "video": []})
         reads["without the picture"] = student, blind
@@ -395,12 +405,14 @@ def curves_section(run: Run) -> str:
     ends = [(x, models[name]) for x, name in ((0, "base"), (run.metrics[-1]["step"], "student"))
             if name in models]
     line = sorted({**dict(seen), **{x: s["accuracy"] for x, s in ends}}.items())
+    amid = ("" if run.args.get("dev_data", "test") == "test" else
+            "; between the ends on the dev records")
     taught = models.get("teacher", {}).get("accuracy")
     levels = [] if taught is None else [(f"teacher {percent(taught)}", 100 * taught, "b")]
     charts = [
         chart("loss", "Loss, nats per response token",
               [("loss", points(run.metrics, "loss"), "a")]),
-        chart("acc", "Accuracy on the test records, %",
+        chart("acc", f"Accuracy on the test records, %{amid}",
               [("student", [(x, 100 * y) for x, y in line], "a")], levels=levels, dots=True,
               form=".0f",
               bars=[(x, *(100 * v for v in s["interval"])) for x, s in ends if s.get("interval")]),
@@ -413,7 +425,7 @@ def curves_section(run: Run) -> str:
                                   "reached): the accuracy has its ends only.")
     return ('<p>Thin: every step. Thick: running mean.</p>'
             f'<div class="charts">{"".join(charts)}</div>{few}'
-            + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
+            + (table(f"Accuracy while training, %{amid}. Step 0 is the base.", ["step", "accuracy"],
                      [[x, percent(y)] for x, y in line]) if line else ""))
 
 
@@ -480,7 +492,7 @@ def rollouts_section(run: Run) -> str:
         out.append(f'<article><h3>{escape(example.title)}</h3><div class="asked">{pictures}'
                    f'<dl><dt>Answer</dt><dd>{escape(str(example.record["answer"]))}</dd>'
                    '<dt>Hint, for the teacher only</dt>'
-                   f'<dd>{escape(example.hint or "none")}</dd>'
+                   f'<dd>{escape(example.told)}</dd>'
                    '<dt>Wrong hint, of another record</dt>'
                    f'<dd>{escape(example.wrong or "none")}</dd></dl></div>'
                    f'<div class="both">{said}</div></article>')

@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 here = Path(globals().get("__file__", "one_step.ipynb")).resolve()    # a notebook has no __file__
@@ -41,7 +42,7 @@ import model as qwen
 from data import records, toy
 from loss import distill_loss
 from PIL import Image
-from rollout import append_response, sample
+from rollout import sample
 from teacher import frozen_copy, hint
 
 torch.set_num_threads(1)              # more threads do not help a model of this size
@@ -129,12 +130,18 @@ drawings.chips([(name(token), f"{chance:.0%}", "control" if name(token)[:2] == "
 # L - 1 on. L is different for the two models, since their prompts are. T is the same.
 
 # %%
+def join(prompts, answers) -> dict:
+    """One batch of (B, L + T) tokens, padded on the left: the answers are its last T columns."""
+    return processor.batch([replace(prompt, ids=prompt.ids + ids)
+                            for prompt, ids in zip(prompts, answers.ids.tolist())])
+
+
 def read(model, prompts, answers, early: int = 1):
     """(B, T, V) logits of `model` for each token of the answers, behind these prompts."""
-    batch = append_response(processor.batch(prompts), answers.ids, answers.lengths)
     T = answers.ids.shape[1]
-    L = batch["input_ids"].shape[1] - T
-    return model(**batch).logits[:, L - early:L - early + T]
+    logits = model(**join(prompts, answers)).logits                            # (B, L + T, V)
+    L = logits.shape[1] - T
+    return logits[:, L - early:L - early + T]
 
 
 logits = read(student, [prompt], answers)                      # (1, T, V), with gradients
@@ -227,8 +234,8 @@ loss = kl.mean()
 with torch.no_grad():
     hidden = []
     for who, asked in ((student, prompt), (teacher, hinted)):
-        batch = append_response(processor.batch([asked]), answers.ids, answers.lengths)
-        hidden.append(who.model(**batch).last_hidden_state[0, -T - 1:-1])          # (T, D)
+        states = who.model(**join([asked], answers)).last_hidden_state             # (1, L + T, D)
+        hidden.append(states[0, -T - 1:-1])                                        # (T, D)
     same = distill_loss(*hidden, student.lm_head.weight, teacher.lm_head.weight)   # (T,)
 print(f"loss {loss.item():.4f} nats per token")
 print(f"distill_loss gives the same: {torch.allclose(same, kl, atol=1e-4)}")

@@ -21,9 +21,13 @@ from scale.checks import check_placement, hub_advice
 
 def build_models(config):
     """Student (with the module), teacher (without), and the student's processor."""
-    if (config.offload_teacher or config.offload_optimizer) and sharding.world > 1:
-        raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
-                         "several, each holds its slice on its own GPU")
+    if sharding.world > 1:
+        if config.offload_teacher or config.offload_optimizer:
+            raise ValueError("--offload-teacher and --offload-optimizer are for one process: of "
+                             "several, each holds its slice on its own GPU")
+        if config.graph_decoding:
+            raise ValueError("--graph-decoding is for one process: several gather their weights "
+                             "anew before they sample")
     device, dtype = check_placement(config.device, config.dtype, config.attention)
     options = sharding.load_options(dict(
         dtype=dtype, device=device, attention=config.attention,

@@ -19,7 +19,7 @@ import model as qwen
 from analysis import report
 import teacher as teaching
 from data import records as record_files
-from rollout import append_response
+from conftest import append_response
 from test_figures import Outline
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
