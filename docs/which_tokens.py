@@ -33,9 +33,10 @@ import drawings  # noqa: E402
 from benchmarks.counting import grid  # noqa: E402
 from data import records as record_files  # noqa: E402
 from loss import distill_loss  # noqa: E402
-from model import load, quiet  # noqa: E402
+from model import load  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint  # noqa: E402
+from scale.checks import quiet  # noqa: E402
 from teacher import hint  # noqa: E402
 
 # Dimension letters: B answers, T tokens of an answer, N tokens of all answers, D hidden.
