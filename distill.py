@@ -34,17 +34,15 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 """
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 from tqdm import tqdm
@@ -53,12 +51,12 @@ import evaluate
 import model as qwen
 import teacher as teaching
 from loss import distill_loss
-from rollout import PlainDecoder, Rollout, sample
-from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
-from scale.build import build_models, print_settings
-from scale.decoder import FastDecoder, without_flash
+from rollout import Rollout, sample
+from scale import checkpoint, checks, identity, longrun, offload, plan, sharding
+from scale.build import Scale, build_models, choose_weights, print_settings, scale_for
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
+from scale.settings import Machine, option, parser_of
 
 # Dimension letters: B prompts, K responses to each, T response tokens, W columns of a batch,
 # N scored tokens, D hidden size, V vocabulary.
@@ -68,13 +66,10 @@ HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------- settings
 
-def option(default, text: str, choices=None, low=-math.inf, high=math.inf):
-    return field(default=default, metadata={"help": text, "choices": choices, "range": (low, high)})
-
-
 @dataclass
-class Config:
-    """Every knob. The defaults are for a real model (paper, table 3), TOY for the tiny default."""
+class Config(Machine):
+    """Every knob of the method; Machine has the others. The defaults are for a real model (paper,
+    table 3), TOY for the tiny one."""
     student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
     teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
     ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step",
@@ -84,20 +79,17 @@ class Config:
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
     data: str = option("", "training records, JSONL; empty for a drawn world of the student's size")
     eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
-    eval_limit: int = option(512, "use the first so many test records, 0 for all", low=0)
-    before_limit: int = option(64, "of these, how many before step 1, by both models; 0 for all",
-                               low=0)
+    dev_data: str = option("", "records for the evaluations inside a run, which choose its best "
+                           "student; empty for dev.jsonl beside the training records, if it is "
+                           "there; test for the test records")
+    eval_limit: int = option(512, "use the first so many test and dev records, 0 for all", low=0)
+    before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
+                               "for all", low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
-    check: str = option("decode", "pictures before the start: decode all, or read their headers",
-                        ("decode", "headers"))
     steps: int = option(275, "updates; 275 is the paper's main run", low=1)
     batch_size: int = option(128, "prompts an update", low=1)
     samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
                                      low=1)
-    sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
-                               low=0)
-    micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
-                                     low=0)
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut",
                                     low=1)
     max_new_tokens: int = option(4096, "response tokens", low=1)
@@ -121,40 +113,18 @@ class Config:
                         "the module), cue (the module)", ("all", "language", "lora", "cue"))
     lora_rank: int = option(16, "with --train lora", low=1)
     lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
-    gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
-    score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
-                                   "with and without the hint: for one that no GPU holds whole")
-    offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
-    offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
     max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
                              low=0)
     seed: int = option(0, "of data order, sampling and the module's start", low=0,
                        high=10**12)
-    name: str = option("", "of the run's folder below runs/; empty for the time")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
-    save_every: int = option(25, "steps between saved states for --resume", low=1)
-    keep: int = option(0, "keep the students of the last so many evaluations, and the best", low=0)
-    max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit",
-                              low=0)
-    max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit", low=0)
-    device: str = option("", "cuda, cpu, ...; empty for cuda if there is one")
-    threads: int = option(0, "CPU threads, 0 for torch's choice; OMP_NUM_THREADS, if set, decides",
-                          low=0)
-    dtype: str = option("", "of the weights; empty for float32 on a CPU, else bfloat16")
-    plan: bool = option(False, "print how much memory the run needs, and stop")
-    gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits",
-                               low=0)
-    gpus: int = option(0, "with --plan: number of GPUs; 0 for WORLD_SIZE, or 1", low=0)
-    attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
 
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
            lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
            max_pixels=0, before_limit=0, instruction="")
-# What a setting meant before it had a name: for runs that were begun then.
-OLDER = dict(threads=0, before_limit=0, instruction="")
 
 
 def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
@@ -162,28 +132,12 @@ def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
 
     method: the name of another step than training_step, with which a resumed run must have begun.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    vision_flags = parser.add_mutually_exclusive_group()
-    vision_flags.add_argument("--freeze-vision", dest="train", action="store_const",
-                              const="language", default=argparse.SUPPRESS,
-                              help="the same as --train language")
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
-            "type": type(f.default), "choices": f.metadata["choices"]}
-        shown = "" if f.default == "" else f" (default: {f.default})"
-        # without a default of its own, a setting stands in the result only if it was typed
-        (vision_flags if f.name == "train" else parser).add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f.metadata["help"] + shown, **kind)
-    parser.add_argument("--resume", metavar="FOLDER", default="",
-                        help="go on with this run, with its own settings (limits and what changes "
-                             "memory only may be typed; --data and --eval-data, where they moved)")
+    parser = parser_of(Config, __doc__.split("\n\n")[0])
     typed = vars(parser.parse_args(argv))
-    resume = typed.pop("resume")
+    resume = Path(typed.pop("resume")) if typed.get("resume") else None
     try:
         if resume:
-            typed = {**OLDER, **identity.settings_of_run(Path(resume), typed,
-                                                          Config.__dataclass_fields__, method)}
+            typed = identity.settings_of_run(resume, typed, Config.__dataclass_fields__, method)
         elif checks.is_tiny(typed.get("student", qwen.TINY)):
             typed = {**TOY, **typed}
         config = Config(**typed)
@@ -193,7 +147,7 @@ def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
         identity.make_absolute(config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return config, Path(resume) if resume else None
+    return config, resume
 
 
 # ---------------------------------------------------------------------------- one step
@@ -205,7 +159,7 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
     scale: what scale/ adds; Scale() is the plain thing.
     """
-    # 1) prompts: what the student sees, and the same with the privilege in it
+    # 1) prompts: what the student sees, and the same with the privilege
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
     sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
@@ -242,13 +196,16 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
 
 def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
     """What the student sees of each record, and what the teacher; a picture is decoded once."""
+    # with a view the teacher's pictures are others, else both share the pixels of one prompt
+    others = ([teaching.seen(r, privilege) for r in records]
+              if "teacher_images" in teaching.NEEDS[privilege] else [])
     with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
-        prompts = list(pool.map(processor.prompt, records))
+        prompts = list(pool.map(processor.prompt, records + others))
     if read_pictures:
         prompts = read_pictures(prompts)
-    return prompts, [processor.prompt(record, teaching.hint(record, privilege),
-                                        pictures_from=prompt)
-                     for record, prompt in zip(records, prompts)]
+    prompts, shown = prompts[:len(records)], prompts[len(others):]
+    return prompts, [processor.prompt(record, teaching.hint(record, privilege), pictures_from=of)
+                     for record, of in zip(records, shown)]
 
 
 def sample_responses(student, processor, prompts, uniforms, config, decoder) -> Rollout:
@@ -317,31 +274,6 @@ def response_states(processor, responses, hidden, prompts, model, rows) -> torch
     return states[(place >= 0) & (place < lengths)]
 
 
-def last_hidden_state(model, batch: dict) -> torch.Tensor:
-    return model.model(**batch, use_cache=False).last_hidden_state
-
-
-def teacher_states(teacher, groups, read):
-    """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D)."""
-    for rows in groups:
-        with teaching.at_work(teacher):
-            states = read(teacher, rows)
-        # out of at_work: if the teacher is the student, its module is on again while that one reads
-        yield rows, states, teacher.lm_head.weight
-
-
-@dataclass
-class Scale:
-    """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
-    decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
-    sampling: Callable = nullcontext          # around sampling: the student's weights in one place
-    hidden: Callable = last_hidden_state      # (model, batch) -> last hidden states
-    teach: Callable = teacher_states          # (teacher, groups, read) -> as teacher_states
-    even_out: Callable | None = None          # makes the micro-batches of several ranks alike
-    read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
-    halved: bool = False                      # a step ran out of memory before
-
-
 # ---------------------------------------------------------------------------- the run
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
@@ -355,42 +287,11 @@ def order_of(epoch: int, count: int, seed: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def choose_weights(student, train: str) -> list:
-    """Mark what is trained; returns [(name, parameter)], shared weights once."""
-    for name, parameter in student.named_parameters():
-        added = name.startswith(("cue_recovery.", "lora."))
-        parameter.requires_grad_(added or train == "all"
-                                 or (train == "language" and not name.startswith("model.visual.")))
-    return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-
-
-def scale_for(config: Config, student, teacher, processor) -> Scale:
-    """The parts of scale/ that this run needs."""
-    scale = Scale(FastDecoder, without_flash)
-    if sharding.world > 1:
-        @contextmanager
-        def sampling(model):
-            with sharding.gathered(model), without_flash(model):
-                yield
-
-        def teach(*arguments):
-            yield from teacher_states(*arguments)
-            sharding.release(teacher)
-        return Scale(FastDecoder, sampling, sharding.last_hidden_state, teach,
-                     partial(sharding.even_out, processor))
-    if config.offload_teacher:
-        scale.teach = partial(offload.teach, student.device)
-    if config.train != "all" and config.teacher == "self":
-        # one frozen tower in both models: each picture goes through it once, not three times
-        scale.read_pictures = lambda prompts: vision.read_once(
-            prompts, student, teacher, rows=config.sample_batch)
-    return scale
-
-
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
     """(graded rows, their summary) of the test records, greedily; shared by all processes."""
     with scale.sampling(model), checks.named("evaluation"):
-        rows = evaluate.evaluate(model, processor, sharding.share(test),
+        asked = [teaching.seen(r, privilege) for r in sharding.share(test)]
+        rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
                                  batch_size=min(64, config.sample_batch),
@@ -403,8 +304,8 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
 
 
 def answer_gain(teacher, processor, test, config, scale) -> float:
-    """Nats per test record that the hint is worth to the teacher, without sampling a token:
-    log p(answer | hint) - log p(answer), the answer read as "\\boxed{...}"."""
+    """Nats per test record that the privilege is worth to the teacher, without sampling a token:
+    log p(answer | privilege) - log p(answer), the answer read as "\\boxed{...}"."""
     records = sharding.share(test)
     prompts, hinted = read_prompts(processor, records, config.privilege)
     responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
@@ -429,7 +330,7 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
     if before:
         return before
-    everything, test = len(test), test[:config.before_limit or None]
+    test = test[:config.before_limit or None]
     clock = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
     clock = time.perf_counter() - clock
@@ -437,63 +338,50 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     taught, useless = {}, False
     if config.privilege != "none":
         taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
-        print(f"the hint makes the right answer {taught['answer_gain']:+.2f} nats likelier to the "
-              f"teacher ({len(test[:64])} records, scored)")
+        print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to "
+              f"the teacher ({len(test[:64])} records, scored)")
         useless = taught["answer_gain"] <= 0
     if not config.score_privilege:
         visit = offload.brought(teacher, student.device)
         with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
             taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
-                                  "teacher, hinted")[1]
+                                  f"teacher, {config.privilege}")[1]
         print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
         useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
     if useless:
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
-              "little to learn. Look at the hints, or choose another --privilege.")
+              "little to learn. Look at what it is told, or choose another --privilege.")
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before | {"seconds": clock * everything / len(test)}
+    return before | {"seconds": clock / len(test)}                  # of one answer
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale, method=None):
     """training_step on this process's share. Returns the metrics and an answer to each record.
 
     method: a function to call in place of training_step, with the same arguments.
-
-    Out of memory, rows and micro-batches are halved once and the step begins again: it draws the
-    same tokens, however it is cut.
     """
-    def attempt():
+    def take():
         return (method or training_step)(
             student, teacher, processor, sharding.share(records),
             sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
 
-    try:
-        done = attempt()
-    except torch.OutOfMemoryError:
-        if sharding.world > 1 or scale.halved:
-            raise
-        done = None           # what the failed step holds is freed only behind this block
-    if done is None:
-        scale.halved = True
-        checks.halve(config, student)
-        done = attempt()
-    sums, rollout = done
+    sums, rollout = checks.halved_if_too_large(take, config, student, scale)
     answers = sharding.collect(decoded(rollout, processor.decode, config.samples_per_prompt))
     metrics = metrics_of(step + 1, sharding.gather(sums), sum(answers, []))
     return metrics, [responses[0]["response"] for responses in answers]
 
 
-def train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                before, method=None) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
-    log = longrun.Log(folder, config, before.get("seconds", 0))
+    log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
     if "seconds" in before:
-        print(longrun.expected(config, before["seconds"] / len(test)))
+        print(longrun.expected(config, before["seconds"]))
 
     def ask(done: int) -> dict:
-        _, now = evaluate_on(student, processor, test, config, scale)
+        _, now = evaluate_on(student, processor, dev, config, scale)
         tqdm.write(f"step {done:4}  {evaluate.line(now)}")
         return now
 
@@ -514,16 +402,18 @@ def train_loop(student, teacher, processor, train, test, config, optimizer, scal
     log.stop.release()
 
 
-def finish(student, processor, test, config, scale, folder, before, started) -> None:
-    """Last evaluation, checkpoint, result.json and the table."""
+def finish(student, processor, test, dev, config, scale, folder, before, started) -> None:
+    """Last evaluations, checkpoint, result.json and the table."""
     rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
+    # the last student is compared with those before it on their records
+    last = after if dev is test else evaluate_on(student, processor, dev, config, scale)[1]
     save = longrun.student_saver(student, processor)
     if not sharding.is_main():
         return
     save(folder / "checkpoint")
     models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    lines = longrun.write_result(folder, config, models, save, time.monotonic() - started,
-                                 student)
+    lines = longrun.write_result(folder, config, models, last, save,
+                                 time.monotonic() - started, student)
     shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
     print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
 
@@ -532,7 +422,7 @@ def finish(student, processor, test, config, scale, folder, before, started) -> 
 def main(argv=None, method=None) -> None:
     """method: what is done in place of training_step, see run_step."""
     config, resume = read_config(argv, method.__name__ if method else "")
-    qwen.quiet()
+    checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)
@@ -551,7 +441,7 @@ def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
         processor = checks.check_models(config)
-        train, test = checks.check_data(config, processor)
+        train, test, dev = checks.check_data(config, processor)
     if sharding.is_main():
         checks.check_memory(config)
     config = sharding.from_main(config)
@@ -573,9 +463,9 @@ def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     scale = scale_for(config, student, teacher, processor)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
-        train_loop(student, teacher, processor, train, test, config, optimizer, scale, folder,
+        train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                    before, method)
-        finish(student, processor, test, config, scale, folder, before, started)
+        finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
         raise SystemExit(checks.out_of_memory(config, folder)) from None
 

@@ -21,7 +21,6 @@ Left out: an LLM as judge.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -32,25 +31,24 @@ from tqdm import tqdm
 import model as qwen
 import teacher as teaching
 from benchmarks import readers
-from benchmarks.counting import grid, interval, percent
+from benchmarks.counting import before_after, interval, line, table, unparsed_warning
 from benchmarks.grade import Grade, grade
 from data import records as record_files, toy
 from rollout import sample
-from scale import checks
 from scale.answers import answer_into, saved_answers
-from scale.checkpoint import read_jsonl, read_run
-from scale.checks import number, one_line
+from scale.asked import DECODING, add_decoding, fill_in, load_asked
+from scale.checkpoint import read_jsonl
+from scale.checks import number, one_line, quiet
 from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
 
 GROUP = 4                # batches that share their places, and are saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
-DECODING = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "batch_size",
-            "max_new_tokens")
 MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
          "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
-__all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after"]
+__all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after",
+           "unparsed_warning"]
 
 
 # ---------------------------------------------------------------------------- answer and grade
@@ -115,8 +113,6 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
     return row | {name: record[name] for name in ("group", "meta") if name in record}
 
 
-# ---------------------------------------------------------------------------- never lose an answer
-
 # ---------------------------------------------------------------------------- count
 
 def summarise(rows: list[dict]) -> dict:
@@ -135,67 +131,7 @@ def summarise(rows: list[dict]) -> dict:
     return out
 
 
-def line(summary: dict) -> str:
-    """One line for a log."""
-    text = f"accuracy {percent(summary['accuracy'], summary['interval'])} %"
-    if "grounded" in summary:
-        text += f"  grounded {percent(summary['grounded'])} %"
-    return (text + f"  unparsed {percent(summary['unparsed'])} %  length {summary['length']:.0f}"
-            f"  n {summary['n']}")
-
-
-def unparsed_warning(rows: list[dict]) -> str:
-    """What to say when many answers cannot be read: one of them, and the likely cause."""
-    lost = [row for row in rows if row["extracted"] is None]
-    return (f"WARNING: no answer was found in {len(lost)} of {len(rows)} responses, which count as "
-            f"wrong. The first ({lost[0]['id']}): {lost[0]['response'][-300:]!r}. Ask for a box "
-            "(--instruction), or give more --max-new-tokens if it was cut off.")
-
-
-def table(summaries: dict[str, dict]) -> str:
-    """Models as rows, in Markdown."""
-    columns = [("accuracy % [95 %]", lambda s: percent(s["accuracy"], s["interval"])),
-               ("grounded % [95 %]", lambda s: percent(s["grounded"], s["grounded_interval"])
-                if "grounded" in s else None),
-               ("hint rows", lambda s: str(s["hint_rows"])),
-               ("unparsed %", lambda s: percent(s["unparsed"])),
-               ("cut off %", lambda s: percent(s["cut_off"])),
-               ("length", lambda s: f"{s['length']:.1f}"),
-               ("n", lambda s: str(s["n"]))]
-    columns = [(name, show) for name, show in columns if all(show(s) for s in summaries.values())]
-    rows = [[name, *(show(s) for _, show in columns)] for name, s in summaries.items()]
-    return grid([["", *(name for name, _ in columns)], *rows])
-
-
-def before_after(before: list[dict], after: list[dict]) -> str:
-    """The first question that the base got wrong, and both answers, whatever the second is."""
-    for old, new in zip(before, after):
-        if not old["correct"]:
-            return (f"the first test question that the base got wrong ({old['id']}):\n"
-                    f"  question  {old['question']}   (answer: {old['gold']})\n"
-                    f"  before    {old['response']}\n  after     {new['response']}")
-    return "the base got every test question right"
-
-
 # ---------------------------------------------------------------------------- command line
-
-def add_decoding(parser) -> None:
-    """The flags that every script has which lets a model answer."""
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    for name, kind, default, low, high, text in (
-            ("max-new-tokens", int, 0, 0, math.inf, "0 for the run's own or 1024"),
-            ("batch-size", int, 64, 1, math.inf, "rows that run at a time"),
-            ("temperature", float, 0.0, 0, 1e6, "0 is greedy"),
-            ("top-p", float, 1.0, 1e-9, 1, "nucleus of sampling, 1 for the whole distribution"),
-            ("top-k", int, 0, 0, math.inf, "sample from the k most likely, 0 for all"),
-            ("presence-penalty", float, 0.0, -1e6, 1e6, "off the logit of what was said before"),
-            ("seed", int, 0, 0, 1e12, "of sampling"),
-            ("min-pixels", int, 0, 0, math.inf, "0 for the checkpoint's own"),
-            ("max-pixels", int, 0, 0, math.inf, "0 for the checkpoint's own")):
-        parser.add_argument(f"--{name}", type=number(kind, low, high), default=default, help=text)
-    parser.add_argument("--device", default="")
-    parser.add_argument("--dtype", default="")
-
 
 def read_arguments(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
@@ -207,7 +143,7 @@ def read_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--limit", type=number(int, -1), default=-1,
                         help="first so many records, 0 for all, -1 for the run's own or all")
     parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
-                        help="give the model this hint, as a teacher would see it")
+                        help="tell or show the model this, as if it were a teacher")
     parser.add_argument("--instruction", help="behind each question that has none of its own "
                         "(default: the run's; for a hub model: to reason and box the answer)")
     parser.add_argument("--out", default="", help="write every question and answer here as JSONL, "
@@ -230,9 +166,10 @@ def main(argv=None) -> None:
         if word in MOVED:
             raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
     args = read_arguments(argv)
-    qwen.quiet()
+    quiet()
     with one_line("evaluate.py", lambda: answers_kept(args.out)):
-        main_records(args) if args.ask is None else main_ask(args)
+        own = fill_in(args)
+        main_records(args, own) if args.ask is None else main_ask(args)
 
 
 def answers_kept(out: str) -> str:
@@ -241,51 +178,28 @@ def answers_kept(out: str) -> str:
     return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
 
 
-def run_settings(model: Path) -> dict:
-    """What a run evaluated its checkpoint with, so that its number comes out; else defaults."""
-    model = model.resolve()                               # it may be a link, or "."
-    own = {"eval_data": "", "eval_limit": 0, "max_new_tokens": 1024, "min_pixels": 0,
-           "max_pixels": 0, "instruction": ""}
-    for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
-        if (run / "args.json").exists():
-            return own | read_run(run)["args"]
-    return own if model == qwen.TINY else own | {"instruction": qwen.INSTRUCTION}
-
-
-def load_asked(args, own: dict):
-    """The model of the command line. own: its run's settings, where nothing is typed."""
-    device, dtype = checks.check_placement(args.device, args.dtype)
-    pixels = {name: getattr(args, name) or own[name] or None
-              for name in ("min_pixels", "max_pixels")}
-    checks.small_files(args.model, **pixels)
-    with checks.hub_advice(args.model):
-        return qwen.load(args.model, dtype, device, **pixels)
-
-
-def main_records(args) -> None:
-    own = run_settings(Path(args.model))
+def main_records(args, own: dict) -> None:
+    """Answer a file of records and print the table. own: the settings of the model's run."""
     data = args.data or own["eval_data"] or str(
         toy.default(large=Path(args.model).resolve() != qwen.TINY) / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
-    needs = () if args.privilege == "none" else (args.privilege,)
-    args.max_new_tokens = args.max_new_tokens or own["max_new_tokens"]
-    instruction = own["instruction"] if args.instruction is None else args.instruction
-    records = [{"instruction": instruction, **record}
-               for record in record_files.load(data, needs)[:limit or None]]
+    records = record_files.load(data, teaching.NEEDS[args.privilege])[:limit or None]
+    records = [teaching.seen({"instruction": args.instruction, **record}, args.privilege)
+               for record in records]
     record_files.check_pictures(records)
     decoding = {name: getattr(args, name) for name in DECODING}
     asked = {"hint": lambda r: teaching.hint(r, args.privilege), **decoding}
     if args.out:
-        pixels = {name: getattr(args, name) or own[name] for name in ("min_pixels", "max_pixels")}
         rows = saved_answers(Path(args.out), records, {
             "records": file_digest(data), "limit": limit, "privilege": args.privilege,
             "checkpoint": checkpoint_digest(qwen.find_folder(args.model)),
-            "instruction": instruction, **decoding, **pixels})
-        model, processor = load_asked(args, own)
+            "instruction": args.instruction, **decoding,
+            "min_pixels": args.min_pixels, "max_pixels": args.max_pixels})
+        model, processor = load_asked(args)
         rows = answer_into(Path(args.out), rows, records, GROUP * args.batch_size, label="evaluate",
                            ask=lambda done: answer(model, processor, records, done=done, **asked))
     else:
-        rows = evaluate(*load_asked(args, own), records, label="evaluate", **asked)
+        rows = evaluate(*load_asked(args), records, label="evaluate", **asked)
     print(f"{args.model} on {data}")
     print(table({Path(args.model).resolve().name: summarise(rows)}))
 
@@ -299,12 +213,11 @@ def main_ask(args) -> None:
         except Exception as error:      # Pillow's readers raise many kinds
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise ValueError(f"--image {path}: cannot be read: {reason}") from None
-    own = run_settings(Path(args.model))
-    model, processor = load_asked(args, own)
-    record = {"id": "of --ask", "images": args.image, "question": args.ask, "instruction":
-              own["instruction"] if args.instruction is None else args.instruction}
+    model, processor = load_asked(args)
+    record = {"id": "of --ask", "images": args.image, "question": args.ask,
+              "instruction": args.instruction}
     batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
-    got = sample(model, batch, max_new_tokens=args.max_new_tokens or own["max_new_tokens"],
+    got = sample(model, batch, max_new_tokens=args.max_new_tokens,
                  temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                  presence_penalty=args.presence_penalty, **processor.sampling,
                  generator=torch.Generator().manual_seed(args.seed))

@@ -105,17 +105,6 @@ def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> t
     return nats
 
 
-def _add_product(total, slope, hidden):
-    """total (V, D) += slope^T hidden, for slope (n, V), hidden (n, D); no second (V, D) tensor."""
-    hidden = hidden.to(slope.dtype)
-    if total.dtype == slope.dtype:
-        return total.addmm_(slope.T, hidden)
-    # products in bf16, their sum in float32: torch cannot do both in one call
-    for word in range(0, len(total), WORDS):
-        few = slice(word, word + WORDS)
-        total[few] += slope[:, few].T @ hidden
-
-
 class _ChunkedDivergence(torch.autograd.Function):
     """distill_loss, with the gradients made in the forward pass, while a chunk's logits exist."""
 
@@ -140,8 +129,17 @@ class _ChunkedDivergence(torch.autograd.Function):
                                                  stats)
             if need_hidden:
                 grad_hidden[part] = student @ student_head
-            if need_head:
-                _add_product(grad_head, student, student_hidden[part] * weights[part, None])
+            if not need_head:
+                continue
+            hidden = (student_hidden[part] * weights[part, None]).to(student.dtype)      # (n, D)
+            if grad_head.dtype == student.dtype:
+                grad_head.addmm_(student.T, hidden)
+                continue
+            # Products in bf16, their sum in float32: torch cannot do both in one call. A few words
+            # at a time, so that there is no second (V, D) tensor.
+            for word in range(0, len(grad_head), WORDS):
+                few = slice(word, word + WORDS)
+                grad_head[few] += student[:, few].T @ hidden
         ctx.save_for_backward(grad_hidden, grad_head, weights)
         return nats
 

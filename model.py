@@ -39,7 +39,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
@@ -56,20 +55,16 @@ INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    
 PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
 BIG = 16_000_000             # pixels of a picture that is decoded when no other such one is
-DECODER = ThreadPoolExecutor(1)
+DECODER = ThreadPoolExecutor(1)        # for pictures above BIG
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"
 ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
                  "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "chat_template.json", "preprocessor_config.json", "processor_config.json",
-                   "generation_config.json", "vocab.json", "merges.txt",
-                   "video_preprocessor_config.json")
 
 # Dimension letters: B rows, L tokens, P patch size, N visual tokens.
 
 
-# ---------------------------------------------------------------------------- load and save
+# ---------------------------------------------------------------------------- load
 
 def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
@@ -99,14 +94,13 @@ def find_folder(path, weights: bool = True) -> Path:
 
 def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, attention="sdpa",
          cue: bool = True):
-    """A checkpoint folder or hub name -> (model in eval mode, Processor).
+    """A checkpoint folder or hub name -> (model of transformers in eval mode, Processor).
 
-    The model is transformers' Qwen3VLForConditionalGeneration, or its Moe twin.
-    device: default cuda if there is one, else cpu. dtype: default float32 on a CPU, else bfloat16.
-    If the folder holds cue_recovery.safetensors the module is
-    attached (`cue=False` leaves it out, as every teacher needs). Raises for another architecture,
-    and for a checkpoint whose weights are not exactly the model's: one missing, one too many, one
-    of another shape.
+    device: default cuda if there is one, else cpu; "meta" for shapes without numbers, which another
+    process will send. dtype: default float32 on a CPU, else bfloat16. If the folder holds
+    cue_recovery.safetensors the module is attached (`cue=False` leaves it out, as every teacher
+    needs). Raises for another architecture, and for weights that are not exactly the model's: one
+    missing, one too many, one of another shape.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -114,16 +108,17 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     # cuDNN's attention plans anew for each length it meets, so at every token of an answer: on an
     # H200 a 2B's decoding step took 61 ms with it, 16 once its lengths had been met
     torch.backends.cuda.enable_cudnn_sdp(False)
-    processor = Processor(find_folder(path, weights=False), min_pixels, max_pixels)
-    if device.type == "meta":       # shapes without numbers, which another process will send
-        import transformers
-        folder, config = processor.folder, transformers.AutoConfig.from_pretrained(processor.folder)
+    folder = find_folder(path, weights=False)
+    processor = Processor(folder, min_pixels, max_pixels)       # before any weight is fetched
+    import transformers         # late: a refusal need not wait for it
+    kind = getattr(transformers, ARCHITECTURES[model_config(folder)["model_type"]])
+    if device.type == "meta":
         with device:
-            model = getattr(transformers, ARCHITECTURES[config.model_type])._from_config(
-                config, dtype=dtype, attn_implementation=attention)
+            model = kind._from_config(kind.config_class.from_pretrained(folder), dtype=dtype,
+                                      attn_implementation=attention)
     else:
         folder = find_folder(path)
-        model = _read_weights(folder, device, dtype, attention)
+        model = _read_weights(kind, folder, device, dtype, attention)
     model.eval()
     if cue and (folder / CUE_FILE).exists():
         try:
@@ -135,6 +130,11 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
+def last_hidden_state(model, batch: dict) -> torch.Tensor:
+    """(B, W, D) hidden states of a whole batch, without a cache and without logits."""
+    return model.model(**batch, use_cache=False).last_hidden_state
+
+
 def model_config(folder) -> dict:
     """config.json of a checkpoint that load() can read. Raises ValueError for another model."""
     config = _read_json(Path(folder) / "config.json")
@@ -144,9 +144,8 @@ def model_config(folder) -> dict:
     return config
 
 
-def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attention: str):
-    """The model of a folder that has exactly its weights, on `device`."""
-    import transformers
+def _read_weights(kind, folder: Path, device: torch.device, dtype: torch.dtype, attention: str):
+    """The model, of class `kind`, of a folder that has exactly its weights, on `device`."""
     names, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
         names = set(_read_json(index).get("weight_map", {}).values())
@@ -161,7 +160,7 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
     there = {"device_map": {"": device}} if quantised else {}
     try:
         # ignore: a wrong shape is to be reported below, by name, with the others
-        model, info = getattr(transformers, ARCHITECTURES[config["model_type"]]).from_pretrained(
+        model, info = kind.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, output_loading_info=True,
             local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True, **there)
     except SafetensorError as error:
@@ -177,64 +176,43 @@ def _read_weights(folder: Path, device: torch.device, dtype: torch.dtype, attent
     return model if there else model.to(device)
 
 
-def quiet() -> None:
-    """No bar while weights are read from disk, for scripts that print their own; downloads keep it.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-    silent = are_progress_bars_disabled()
-    logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
-    if not silent:
-        enable_progress_bars()
-
-
-def _picture_settings(folder: Path) -> tuple[Path, dict, dict]:
-    """The image processor's file, what it holds, and the settings in it.
-
-    From transformers 5 they are an entry of processor_config.json, which goes first there too.
-    """
-    path = folder / "processor_config.json"
-    settings = _read_json(path, missing={})
-    if "image_processor" in settings:
-        return path, settings, settings["image_processor"]
-    path = folder / "preprocessor_config.json"
-    settings = _read_json(path)
-    return path, settings, settings
+# What Jinja, as transformers sets it up, makes of the last lines of a template, rule by rule.
+JINJA = (
+    # "-" eats the spaces on its side, a block eats the start and the end of its line
+    (r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),
+    (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}"),
+    # a switch that nobody sets here: what stands behind its "else", if anything
+    (r"\{% *if enable_thinking is defined and [^%]*%\}[^%]*"
+     r"(?:\{% *else *%\}([^%]*))?\{% *endif *%\}", r"\1"),
+    # a text in quotes
+    (r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""", lambda literal: literal[2].replace("\\n", "\n")))
 
 
 def _answer_prefix(folder: Path) -> str:
-    """What the checkpoint's chat template puts between "<|im_start|>assistant\\n" and the answer:
+    """What the chat template puts behind the assistant's header: "", or "<think>\\n".
 
-    nothing, or "<think>\\n" where the model reasons first. The template is only read, never
-    run; ValueError for one that is not understood, and nothing where there is none.
+    It is only read, never run. ValueError for one that is not understood; "" if there is none.
     """
-    name, template = "chat_template.jinja", None
-    if (folder / name).exists():
-        template = (folder / name).read_text(encoding="utf-8")
+    path, template = folder / "chat_template.jinja", None
+    if path.exists():
+        template = path.read_text(encoding="utf-8")
     for other in ("chat_template.json", "tokenizer_config.json"):   # in transformers' order
         if not template:
-            name, template = other, _read_json(folder / other, missing={}).get("chat_template")
+            path = folder / other
+            template = _read_json(path, missing={}).get("chat_template")
         if isinstance(template, list):      # several, each with a name
             template = {one["name"]: one["template"] for one in template}.get("default")
     if not template:
         return ""
     tail = template.rpartition("add_generation_prompt")[2].removesuffix("\n")
-    # Jinja's rules for spaces, as transformers sets them: "-" eats those on its side, a block eats
-    # the line's start before it and the line's end behind it.
-    for pattern, kept in ((r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),
-                          (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}")):
-        tail = re.sub(pattern, kept, tail)
-    # a switch that nobody sets here: what stands behind its "else", if anything
-    tail = re.sub(r"\{% *if enable_thinking is defined and [^%]*%\}[^%]*"
-                  r"(?:\{% *else *%\}([^%]*))?\{% *endif *%\}", r"\1", tail)
-    tail = re.sub(r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""",
-                  lambda literal: literal[2].replace("\\n", "\n"), tail)
+    for pattern, left in JINJA:
+        tail = re.sub(pattern, left, tail)
     end = re.fullmatch(r" *%\}<\|im_start\|>assistant\n([^{}]*)\{% *endif *%\}", tail)
     marks = "<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
     absent = [mark for mark in marks if mark not in template]
     if absent or end is None:
         what = f"lacks {absent}" if absent else "does not end in the assistant's header and a text"
-        raise ValueError(f"{folder / name}: this chat template {what}, so prompts would differ from"
+        raise ValueError(f"{path}: this chat template {what}, so prompts would differ from"
                          " the model's own. If it knows Qwen3-VL's template, put that in its place")
     return end[1]
 
@@ -284,10 +262,13 @@ class Processor:
         self.answer_prefix = _answer_prefix(self.folder)
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
-        _, _, pictures = _picture_settings(self.folder)
+        # from transformers 5 they are an entry of processor_config.json, which goes first there too
+        pictures = _read_json(self.folder / "processor_config.json", missing={}).get(
+            "image_processor")
+        if pictures is None:
+            pictures = _read_json(self.folder / "preprocessor_config.json")
         # old names beside the new, or inside "size"; height and width as the largest picture
-        size = {**(pictures.get("size") or {}),
-                **{k: pictures[k] for k in ("min_pixels", "max_pixels") if pictures.get(k)}}
+        size = {**(pictures.get("size") or {}), **{k: v for k, v in pictures.items() if v}}
         area = (size.get("height") or 0) * (size.get("width") or 0)
         most = size.get("max_pixels") or size.get("longest_edge") or area or PIXELS[1]
         least = size.get("min_pixels") or size.get("shortest_edge") or min(PIXELS[0], most)
@@ -348,11 +329,11 @@ class Processor:
         grids = [self._grid(source, record) for source in images]
         prompt = Prompt(self._ids(record, hint, grids), grids=grids)
         if images:
-            prompt.pixels = torch.cat([self._pixels([source], grid, record)
+            prompt.pixels = torch.cat([self._patches([source], grid, record)
                                        for source, grid in zip(images, grids)])
         if record.get("video"):
             grid, _ = self._moments(record)
-            prompt.video, prompt.video_grids = self._pixels(record["video"], grid, record), [grid]
+            prompt.video, prompt.video_grids = self._patches(record["video"], grid, record), [grid]
         return prompt
 
     def length(self, record: dict, hint: str | None = None) -> int:
@@ -366,51 +347,27 @@ class Processor:
             question += "\n" + record["instruction"]
         if hint is not None:
             question += f"\n[Hint]: {hint}"
-        vision = []
-        for grid in grids:
-            vision += self._slots("<|image_pad|>", grid)
-        if record.get("video"):
+        shown = [("", self.image_id, grid) for grid in grids]
+        if record.get("video"):     # a row of stamped moments, each like a picture
             grid, times = self._moments(record)
-            for time in times:      # a video is a row of stamped moments, each like a picture
-                vision += [f"<{time:.1f} seconds>", *self._slots("<|video_pad|>", grid)]
-        return self._encode(
-            ("<|im_start|>", 1), f"system\n{SYSTEM}", ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "user\n", *vision, question, ("<|im_end|>", 1), "\n",
-            ("<|im_start|>", 1), "assistant\n",
-            *((part, 1) if part in self.control else part
-              for part in re.split("(<[^<>]*>)", self.answer_prefix)))
+            shown += [(f"<{time:.1f} seconds>", self.video_id, grid) for time in times]
+        mark, vision = self.control, []
+        for stamp, pad, (_, gh, gw) in shown:
+            vision += [stamp, mark["<|vision_start|>"], *[pad] * (gh * gw // self.merge**2),
+                       mark["<|vision_end|>"]]
+        start, end = mark["<|im_start|>"], mark["<|im_end|>"]
+        prefix = [mark.get(part, part) for part in re.split("(<[^<>]*>)", self.answer_prefix)]
+        return self.encode(start, f"system\n{SYSTEM}", end, "\n",
+                           start, "user\n", *vision, question, end, "\n",
+                           start, "assistant\n", *prefix)
 
-    def _slots(self, pad: str, grid: tuple[int, int, int]) -> list[tuple[str, int]]:
-        """One pad token for each visual token of a picture, or of one moment of a video."""
-        _, gh, gw = grid
-        return [("<|vision_start|>", 1), (pad, gh * gw // self.merge**2), ("<|vision_end|>", 1)]
-
-    def _encode(self, *parts) -> list[int]:
-        """Ids of a mix of plain strings and (control token, repeat) pairs."""
+    def encode(self, *parts: str | int) -> list[int]:
+        """Ids of texts, in which control strings stay text; ids among them stay as they are."""
         ids = []
         for plain, run in groupby(parts, key=lambda part: isinstance(part, str)):
-            if plain:           # BPE may merge across two strings, so join them first
-                ids += self._plain.encode("".join(run), add_special_tokens=False).ids
-            else:
-                for name, repeat in run:
-                    ids += [self.control[name]] * repeat
+            # BPE may merge across two strings, so join them first
+            ids += self._plain.encode("".join(run), add_special_tokens=False).ids if plain else run
         return ids
-
-    def write(self, folder: Path) -> None:
-        """Copy what was read into another folder, which then loads as this one does."""
-        for name in PROCESSOR_FILES:
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
-        # a student trained on pictures of one size is to be used on pictures of that size
-        path, settings, pictures = _picture_settings(folder)
-        pictures["size"] = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        for other_name in ("min_pixels", "max_pixels"):
-            pictures.pop(other_name, None)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; control strings inside it stay text."""
-        return self._encode(text)
 
     def decode(self, ids) -> str:
         """Text of a response; stop and padding ids are left out."""
@@ -424,25 +381,33 @@ class Processor:
     def _grid(self, source, record, budget=math.inf) -> tuple[int, int, int]:
         """The grid of patches that a picture is resized to."""
         budget = min(self.max_pixels, budget)
-        try:
-            height, width = fit(*read_picture(source, upright_size), self.patch * self.merge,
-                                min(self.min_pixels, budget), budget)
-        except Exception as error:  # Pillow's readers raise many kinds, and so does fit()
-            raise ValueError(f"record {record.get('id', '?')}: cannot read picture {source}: "
-                             f"{error}") from error
+
+        def size(image):
+            turned = image.getexif().get(0x0112) in range(5, 9)      # EXIF: it lies on its side
+            height, width = image.size if turned else image.size[::-1]
+            return fit(height, width, self.patch * self.merge, min(self.min_pixels, budget), budget)
+
+        height, width = read_picture(source, record, "read", size)
         return 1, height // self.patch, width // self.patch
 
-    def _pixels(self, sources: list, grid: tuple[int, int, int], record) -> torch.Tensor:
-        """The patches of one picture, or of the frames of one video, resized to `grid`."""
-        frames, size = [], (grid[2] * self.patch, grid[1] * self.patch)
-        for source in sources:
-            try:
-                frames.append(np.asarray(read_picture(
-                    source, lambda image: to_rgb(image).resize(size, Image.Resampling.BICUBIC))))
-            except Exception as error:  # as above: the AVIF reader, for one, raises RuntimeError
-                raise ValueError(f"record {record.get('id', '?')}: cannot decode picture {source}: "
-                                 f"{error}") from error
-        return patchify(np.stack(frames), self.patch, self.merge, self.temporal)[0]
+    def _patches(self, sources: list, grid: tuple[int, int, int], record) -> torch.Tensor:
+        """(t * gh * gw, 3 * temporal * P * P) float32 in [-1, 1], of one picture or one video.
+
+        Patches of one merge x merge block stand together, since the vision tower folds each block
+        into one visual token, and `temporal` frames share a patch: a missing last frame (a still
+        picture has only one) is the frame before it again.
+        """
+        (t, gh, gw), P, m = grid, self.patch, self.merge
+        size = gw * P, gh * P
+        frames = [read_picture(source, record, "decode", lambda image: np.asarray(
+            to_rgb(image).resize(size, Image.Resampling.BICUBIC))) for source in sources]
+        frames += frames[-1:] * (-len(frames) % self.temporal)
+        x = np.stack(frames).reshape(t, self.temporal, gh // m, m, P, gw // m, m, P, 3)
+        # to: t, block row, block column, row, column, 3, temporal, P, P
+        x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        # bytes are put in order first: floats are four times as much to move
+        x = np.ascontiguousarray(x).reshape(t * gh * gw, -1).astype(np.float32) / 127.5 - 1.0
+        return torch.from_numpy(x)
 
     def _moments(self, record) -> tuple[tuple[int, int, int], list[float]]:
         """Grid of a record's video, and the time of each of its moments (pairs of frames).
@@ -462,9 +427,9 @@ class Processor:
         times += times[-1:] * (-len(times) % self.temporal)
         # All moments share the size of the first frame; the whole film has a budget of its own.
         _, gh, gw = self._grid(frames[0], record, self.video_pixels // len(times))
-        last = self.temporal - 1
-        return (len(times) // self.temporal, gh, gw), [
-            (times[i] + times[i + last]) / 2 for i in range(0, len(times), self.temporal)]
+        moments = zip(times[::self.temporal], times[self.temporal - 1::self.temporal])
+        moments = [(first + last) / 2 for first, last in moments]
+        return (len(moments), gh, gw), moments
 
     # -- many prompts to one batch
 
@@ -513,20 +478,19 @@ class Processor:
 
 # ---------------------------------------------------------------------------- pictures
 
-def read_picture(source, call):
-    """call(picture), the picture being a PIL image or a path. Large ones all go to one thread.
+def read_picture(source, record: dict, what: str, call):
+    """call(picture), of a PIL image or a path. Raises ValueError("record ID: cannot WHAT picture").
 
-    108 megapixels take 1.3 GB while they are decoded, and a thread keeps what it once had.
+    Large ones all go to one thread: 108 megapixels take 1.3 GB while they are decoded, and a
+    thread keeps what it once had.
     """
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    large = image.width * image.height > BIG
-    return DECODER.submit(call, image).result() if large else call(image)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) as a viewer shows it: EXIF says if a picture is stored on its side."""
-    turned = image.getexif().get(0x0112) in range(5, 9)
-    return (image.width, image.height) if turned else (image.height, image.width)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        large = image.width * image.height > BIG
+        return DECODER.submit(call, image).result() if large else call(image)
+    except Exception as error:      # Pillow's readers raise many kinds, AVIF's RuntimeError
+        raise ValueError(f"record {record.get('id', '?')}: cannot {what} picture {source}: "
+                         f"{error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -569,25 +533,6 @@ def fit(height: int, width: int, multiple: int, min_pixels: int,
         new_height = math.ceil(height * grow / multiple) * multiple
         new_width = math.ceil(width * grow / multiple) * multiple
     return new_height, new_width
-
-
-def patchify(frames: np.ndarray, patch: int, merge: int,
-             temporal: int) -> tuple[torch.Tensor, tuple]:
-    """(F, H, W, 3) uint8 -> (t * gh * gw, 3 * temporal * P * P) float32 in [-1, 1], (t, gh, gw).
-
-    Patches of one merge x merge block stand together, since the vision tower folds each block into
-    one visual token, and `temporal` frames share a patch: a missing last frame (a still picture has
-    only one) is the frame before it again.
-    """
-    short = -len(frames) % temporal
-    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)]) if short else frames
-    t, gh, gw = len(frames) // temporal, frames.shape[1] // patch, frames.shape[2] // patch
-    x = frames.reshape(t, temporal, gh // merge, merge, patch, gw // merge, merge, patch, 3)
-    # to: t, block row, block column, row, column, 3, temporal, P, P
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    # bytes are put in order first: floats are four times as much to move
-    x = np.ascontiguousarray(x).reshape(t * gh * gw, -1).astype(np.float32) / 127.5 - 1.0
-    return torch.from_numpy(x), (t, gh, gw)
 
 
 # ---------------------------------------------------------------------------- batches

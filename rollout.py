@@ -12,7 +12,6 @@ its place. Several samples of one prompt share its prefill.
 In:  the model, the keyword arguments of its forward call (input_ids, attention_mask, pictures,
      ...), the sampling settings, a seeded generator.
 Out: Rollout(ids, lengths, stopped, logprobs).
-`append_response` then joins prompt and response again, for a teacher or a student to score.
 
 The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits after the penalties
 and bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting
@@ -26,6 +25,7 @@ sample(model, batch, ..., decoder=FastDecoder).
 Choices a reader may wonder about:
 1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
    tokens do not depend on when its neighbours stop, and a seed gives the same draws anywhere.
+   Given as `uniforms`, they do not depend on how the prompts are cut into batches either.
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
 3) Penalties look at generated tokens only, never at the prompt (as vLLM's presence penalty does).
@@ -33,7 +33,6 @@ Choices a reader may wonder about:
    or a sharded model keeps from it are ordinary tensors.
 5) A step calls the whole model, so that hooks, adapters and sharding see it. Written out layer by
    layer it would be faster at small sizes, and skip them all.
-6) The host waits for the device once a step, to hear which rows stopped or are NaN.
 Left out: beam search, speculative decoding, contrastive anything.
 """
 from __future__ import annotations
@@ -53,8 +52,8 @@ PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid
 
 @dataclass
 class Rollout:
-    """Sampled responses of B rows, on the model's device. With K samples a prompt there are B K
-    rows, those of a prompt together.
+    """Sampled responses, on the model's device. Of K samples a prompt, B K rows: row b K + k is
+    sample k of prompt b.
 
     ids       (B, T) int64, right-padded with the pad id; T is the longest response
     lengths   (B,) int64, scored tokens a row, the stop token included
@@ -106,13 +105,21 @@ class PlainDecoder:
 
     def prefill(self, batch, K: int):
         """The cache (B rows), and for B K rows: logits (B K, V), mask (B K, L), next position."""
-        mask, positions = batch["attention_mask"], batch.get("position_ids")
-        positions = rope_positions(self.model, batch) if positions is None else positions
-        output = self.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=True,
+        ids, mask, positions = map(batch.get, ("input_ids", "attention_mask", "position_ids"))
+        if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
+            raise ValueError("prompts must be left-padded: there is padding behind a token")
+        if positions is None:                                      # (3, B, L), by the model's rule
+            config = self.model.config
+            kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+            positions, _ = self.model.model.get_rope_index(
+                input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask,
+                **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
                             position_ids=positions, logits_to_keep=1,
                             **{k: batch[k] for k in PICTURES if k in batch})
-        rows = output.logits[:, -1], mask, position_after(positions, mask)
-        return getattr(output, self.cache_name), *(x.repeat_interleave(K, dim=0) for x in rows)
+        after = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1          # (B,)
+        rows = (x.repeat_interleave(K, dim=0) for x in (output.logits[:, -1], mask, after))
+        return getattr(output, self.cache_name), *rows
 
     def forward(self, tokens, mask):
         """Logits (R, V) behind one more token a row."""
@@ -128,57 +135,54 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
            top_k: int = 0, presence_penalty: float = 0.0, repetition_penalty: float = 1.0,
            stop_ids, banned_ids=(), pad_id: int = 0, samples_per_prompt: int = 1, more=None,
            generator=None, uniforms=None, decoder=PlainDecoder) -> Rollout:
-    """Sample responses to every prompt of `batch`; see the header for what and why.
+    """Responses to every prompt of `batch`. The model is put in eval mode, and back.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 switch those off. presence_penalty is subtracted
-    once from every id already generated; repetition_penalty divides positive and multiplies
-    negative logits of them. samples_per_prompt K: row b K + k of the result is sample k of prompt
-    b, and the prompt is read once for all K.
-    more: a function that makes a batch of at most n waiting prompts, or None if none are left;
-    their rows follow in the result. As many prompts run at a time as `batch` has. It is called
-    when all have stopped, or, if the decoder can add rows, when an eighth of them have.
-    uniforms (rows of the result, max_new_tokens) in [0, 1): the numbers to draw with, in place of
-    the generator's. Then no token depends on how the prompts are cut into batches.
-    decoder: PlainDecoder, or a class with the same methods.
-    The model is put in eval mode, and back. NaN logits raise a FloatingPointError.
+    temperature 0 is greedy; top_k 0 and top_p 1 switch those off.
+    more(n): makes a batch of at most n waiting prompts, or None if none are left; their rows
+    follow in the result. As many prompts run at a time as `batch` has.
+    uniforms: (rows of the result, max_new_tokens) in [0, 1), in place of the generator's numbers.
     """
+    if not (max_new_tokens > 0 and samples_per_prompt > 0 and 0 <= temperature < float("inf")
+            and 0 < top_p <= 1 and top_k >= 0 and repetition_penalty > 0):
+        raise ValueError(f"out of range: {max_new_tokens=}, {samples_per_prompt=}, "
+                         f"{temperature=}, {top_p=}, {top_k=}, {repetition_penalty=}")
     device, K, places = batch["input_ids"].device, samples_per_prompt, len(batch["input_ids"])
     stop = torch.tensor(sorted(stop_ids), device=device)
     banned = torch.tensor(list(banned_ids), device=device, dtype=torch.long)
     uniforms = None if uniforms is None else uniforms.to(device)
-    penalised = presence_penalty != 0 or repetition_penalty != 1
-    out, step = _unwritten(0, max_new_tokens, pad_id, device), 0
+    none = torch.zeros(0, max_new_tokens, device=device)
+    out = Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
     # of each row that runs, (R,): its place in the result, and how many tokens it has drawn
-    at = drawn = out.lengths
+    at, drawn, step = out.lengths, out.lengths, 0
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
-    model.eval()
-    decoder = decoder(model)
+    decoder = decoder(model.eval())
     try:
         while True:
-            # 1) prefill: the batch, and later prompts that wait, whenever there is room for them
-            batch = batch or _waiting(more, len(at), places, K, decoder.joins)
-            if batch is not None:
-                _check(batch["attention_mask"], max_new_tokens, temperature, top_p, top_k,
-                       repetition_penalty, K)
+            # 1) prefill: the batch; later prompts that wait, when a few can join or none is running
+            few = max(1, places // JOIN) if len(at) else places
+            room = (decoder.joins or not len(at)) and len(at) <= K * (places - few)
+            batch = batch or (more(few) if more and room else None)
+            if batch:
                 new = decoder.read(batch, K)                                        # (B K, V)
-                logits, batch = torch.cat([logits, new]) if len(at) else new, None  # (R, V)
-                blank = _unwritten(len(new), max_new_tokens, pad_id, device)
-                at = torch.cat([at, torch.arange(len(new), device=device) + len(out.ids)])
-                drawn = torch.cat([drawn, blank.lengths])
-                out = Rollout(*map(torch.cat, zip(vars(out).values(), vars(blank).values())))
+                logits, n, batch = torch.cat([logits, new]) if len(at) else new, len(new), None
+                at = torch.cat([at, torch.arange(n, device=device) + len(out.ids)])
+                drawn = pad(drawn, (0, n))
+                out = Rollout(pad(out.ids, (0, 0, 0, n), value=pad_id), pad(out.lengths, (0, n)),
+                              pad(out.stopped, (0, n)), pad(out.logprobs, (0, 0, 0, n)))
                 continue
-            if len(at) == 0:
+            if not len(at):
                 break
             # 2) draw. A copy: penalties and bans are written in place, and these are the model's
             logits, uniform = logits.to(torch.float32, copy=True), None
-            if penalised:
+            if presence_penalty != 0 or repetition_penalty != 1:
                 _penalise(logits, out.ids[at, :step], drawn, presence_penalty, repetition_penalty)
             if len(banned):
                 logits[:, banned] = float("-inf")
-            if temperature > 0:       # for all rows so far, so that finished ones change nothing
-                uniform = uniforms[at, drawn] if uniforms is not None else torch.rand(
-                    len(out.ids), generator=generator, dtype=torch.float64).to(
-                    device, non_blocking=True)[at]
+            if temperature > 0 and uniforms is not None:
+                uniform = uniforms[at, drawn]
+            elif temperature > 0:     # for all rows so far, so that finished ones change nothing
+                uniform = torch.rand(len(out.ids), generator=generator, dtype=torch.float64)
+                uniform = uniform.to(device, non_blocking=True)[at]
             tokens, logprobs = _draw(logits, uniform, temperature, top_p, top_k)    # (R,), (R,)
             # 3) record
             out.ids[at, drawn], out.logprobs[at, drawn] = tokens, logprobs
@@ -189,7 +193,9 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
                                         logprobs.isnan()]).tolist()
             if any(broken):
                 row = broken.index(True)
-                raise _not_a_number(step, int(at[row]), int(drawn[row]))
+                raise FloatingPointError(
+                    f"decoding step {step}: the logits of row {at[row]}, token {drawn[row]} of its "
+                    "response, are NaN or infinite: a learning rate too high, or a damaged file?")
             if any(done):
                 out.stopped[at], out.lengths[at] = stopped, drawn
                 order = decoder.keep([row for row, over in enumerate(done) if not over])
@@ -205,44 +211,14 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     return Rollout(out.ids[:, :T], out.lengths, out.stopped, out.logprobs[:, :T])
 
 
-def _waiting(more, running: int, places: int, K: int, joins: bool):
-    """The next batch of prompts that wait, or None: none are left, or there is no room yet."""
-    few = max(1, places // JOIN)
-    if more is None or running and not (joins and running <= K * (places - few)):
-        return None
-    return more(few if running else places)
-
-
-def _unwritten(rows: int, T: int, pad_id: int, device) -> Rollout:
-    return Rollout(torch.full((rows, T), pad_id, device=device),
-                   torch.zeros(rows, dtype=torch.long, device=device),
-                   torch.zeros(rows, dtype=torch.bool, device=device),
-                   torch.zeros(rows, T, device=device))
-
-
-def _check(mask, max_new_tokens, temperature, top_p, top_k, repetition_penalty, K) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if K < 1:
-        raise ValueError(f"samples_per_prompt is {K}, expected at least 1")
-    if not (0 <= temperature < float("inf") and 0 < top_p <= 1 and top_k >= 0
-            and repetition_penalty > 0):
-        raise ValueError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}, "
-                         f"repetition_penalty {repetition_penalty}: out of range")
-    if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
-        raise ValueError("prompts must be left-padded: there is padding behind a token")
-
-
-def _not_a_number(step: int, row: int, token: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"decoding step {step}: the logits of row {row}, token {token} of its response, are NaN or "
-        "infinite. Likely the weights are: a learning rate that was too high, or a damaged file")
-
-
 # ---------------------------------------------------------------------------- the next token
 
 def _penalise(logits, ids, drawn, presence, repetition) -> None:
-    """In place. logits (R, V); ids (R, t), of which the first drawn (R,) are the row's own."""
+    """In place, once for every id that a row has generated: repetition divides a positive logit
+    and multiplies a negative one, presence is subtracted.
+
+    logits (R, V); ids (R, t), of which the first drawn (R,) are the row's own.
+    """
     if ids.shape[1] == 0:
         return
     # unused slots repeat the row's last token; writing the same value twice is harmless
@@ -294,49 +270,3 @@ def _invert_cdf(probs, uniform, block: int = 128):
     target = torch.minimum(target, torch.nextafter(cdf[:, -1:], torch.zeros_like(target)))
     word = torch.searchsorted(cdf, target, right=True)
     return (page * block + word).clamp(max=probs.shape[1] - 1)
-
-
-# ---------------------------------------------------------------------------- positions
-
-def rope_positions(model, batch) -> torch.Tensor:
-    """(3, B, L) M-RoPE positions by the model's own rule, for a batch that brings none."""
-    ids, rule, config = batch["input_ids"], model.model.get_rope_index, model.config
-    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    return rule(input_ids=ids, mm_token_type_ids=kinds, attention_mask=batch["attention_mask"],
-                **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})[0]
-
-
-def position_after(positions, mask) -> torch.Tensor:
-    """(B,) where the next token stands: one behind the largest of positions (3, B, L) in use."""
-    return positions.masked_fill(mask[None] == 0, -1).amax(dim=(0, 2)) + 1
-
-
-def append_response(batch: dict, ids: torch.Tensor, lengths: torch.Tensor) -> dict:
-    """Left-padded prompts (B, L) and right-padded responses (B, T) as one batch (B, L + T).
-
-    The response stands in the last T columns of every row, so its logits are those of columns
-    L - 1 .. L + T - 2: logit t predicts token t + 1. Pictures are passed through.
-
-    >>> prompt = {"input_ids": torch.tensor([[0, 7, 8], [4, 5, 6]]),
-    ...           "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
-    ...           "position_ids": torch.tensor([[0, 0, 1], [0, 1, 2]]).expand(3, 2, 3)}
-    >>> both = append_response(prompt, torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
-    >>> both["input_ids"].tolist()
-    [[0, 7, 8, 1, 2], [4, 5, 6, 3, 0]]
-    >>> both["attention_mask"].tolist()
-    [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    >>> both["position_ids"][0].tolist()
-    [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
-    """
-    T = ids.shape[1]
-    steps = torch.arange(T, device=ids.device)
-    mask, positions = batch["attention_mask"], batch["position_ids"]
-    after = (position_after(positions, mask)[:, None] + steps).expand(3, -1, -1)    # (3, B, T)
-    out = dict(batch)
-    out["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
-    out["attention_mask"] = torch.cat([mask, (steps < lengths[:, None]).to(mask.dtype)], dim=1)
-    out["position_ids"] = torch.cat([positions, after], dim=2)
-    if "mm_token_type_ids" in out:
-        kinds = out["mm_token_type_ids"]
-        out["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(ids.shape)], dim=1)
-    return out

@@ -1,22 +1,25 @@
 """teacher.py - the teacher: the same model (or a bigger one) that is told one thing more.
 
-The idea.  Student and teacher see the same question and the same picture, and the teacher scores
-the student's own tokens. What makes it a teacher is its privilege p, one line behind the question:
+The idea.  Student and teacher read the same question, and the teacher scores the student's own
+tokens. What makes it a teacher is its privilege p: one line behind the question, or a better look.
 
     student   <picture> How many red shapes are there?
     teacher   <picture> How many red shapes are there?\\n[Hint]: There is a red circle at ...
 
-    privilege   the hint                              where it is from
+    privilege   what the teacher is told              where it is from
     none        no hint: the teacher must be a bigger model          (OPD)
     answer      the reference answer                                 (OPSD)
     rationale   reasoning that leads to the answer                   (OPSD, paper section 3.1)
     cue         the visible evidence, never the answer               (ViCuR)
+    view        other pictures: larger, marked, sharp; no hint       (ours)
+    view+cue    both
 
 The one equation.  With an answer as privilege the teacher's next token depends on something that
 the student can never see, I(Y_t; R | X, Y_<t) > 0, and the student learns to sound informed. A cue
 is a function of the picture, S = f(X): ideally I(Y_t; S | X, Y_<t) = 0 (eq. 1-2), all learnable.
 
-In:  a record and the name of a privilege; a student model.  Out: a hint; a frozen teacher model.
+In:  a record and the name of a privilege; a student model.  Out: a hint, the record as the teacher
+     sees it; a frozen teacher model.
 Use it alone: imports torch only. Cues are written, and audited for leaks, by data/cues.py.
 
 Choices a reader may wonder about
@@ -31,24 +34,41 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-PRIVILEGES = ("none", "answer", "rationale", "cue")
+# privilege -> the fields of a record that it cannot do without
+NEEDS = {"none": (), "answer": ("answer",), "rationale": ("rationale",), "cue": ("cue",),
+         "view": ("teacher_images",), "view+cue": ("teacher_images", "cue")}
+PRIVILEGES = tuple(NEEDS)
 
 
 def hint(record: dict, privilege: str) -> str | None:
-    """The teacher's extra line for this record, or None for privilege "none".
+    """The teacher's extra line for this record; None if the privilege has none.
 
     Raises ValueError if the record lacks what the privilege needs: a teacher that silently falls
     back to the plain prompt teaches nothing, at a loss of zero.
     """
     if privilege not in PRIVILEGES:
         raise ValueError(f"privilege {privilege!r}, expected one of {', '.join(PRIVILEGES)}")
-    if privilege == "none":
+    name = privilege.removeprefix("view+")
+    if name in ("none", "view"):
         return None
-    text = str(record.get(privilege) or "").strip()
+    text = str(record.get(name) or "").strip()
     if not text:
-        raise ValueError(f"record {record.get('id', '?')} has no {privilege}, "
+        raise ValueError(f"record {record.get('id', '?')} has no {name}, "
                          f"which --privilege {privilege} needs")
     return text
+
+
+def seen(record: dict, privilege: str) -> dict:
+    """The record as the teacher sees it: with a view its teacher_images in place of images.
+
+    The question, and a video if there is one, stay. Raises ValueError as hint() does.
+    """
+    if "teacher_images" not in NEEDS[privilege]:
+        return record
+    if not record.get("teacher_images"):
+        raise ValueError(f"record {record.get('id', '?')} has no teacher_images, "
+                         f"which --privilege {privilege} needs")
+    return {**record, "images": record["teacher_images"]}
 
 
 def freeze(model):
@@ -71,31 +91,35 @@ def added(model) -> list:
 
 
 @contextmanager
-def eval_mode(model):
-    """Eval mode meanwhile, then each part's own mode again: a frozen part may differ."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def at_work(teacher):
     """The teacher while it scores: eval mode, no gradients, no module. Everything is left as found.
 
     A teacher may be the student itself, if only what was added to it is trained: that is off then.
     """
-    with ExitStack() as stack:
+    modes = [(module, module.training) for module in teacher.modules()]     # a part may differ
+    with ExitStack() as stack, torch.no_grad():
         for part in added(teacher):
             stack.enter_context(part.off())
-        stack.enter_context(eval_mode(teacher))
-        stack.enter_context(torch.no_grad())
-        yield teacher
+        try:
+            yield teacher.eval()
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 @torch.no_grad()
+def teach(teacher, groups, read):
+    """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D).
+
+    read(teacher, rows) -> hidden states that predict the response tokens of these rows.
+    """
+    for rows in groups:
+        with at_work(teacher):
+            states = read(teacher, rows)
+        # out of at_work: if the teacher is the student, its module is on again while that one reads
+        yield rows, states, teacher.lm_head.weight
+
+
 def update_ema(teacher, student, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly.
 

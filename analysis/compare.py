@@ -46,7 +46,8 @@ from scale.checks import one_line  # noqa: E402
 
 # Settings that do not make another arm: the seed, names, the machine, how work is cut up.
 NOT_ARM = ("seed", "name", "device", "attention", "sample_batch", "micro_batch_tokens",
-           "gradient_checkpointing", "eval_every", "save_every", "keep", "threads")
+           "gradient_checkpointing", "graph_decoding", "dev_data", "eval_every", "save_every",
+           "keep", "threads")
 MODULE = ("cue_recovery", "every", "cue_lr", "sink")     # an arm without the module has none
 SHOWN = ("privilege", "teacher", "module", "train")      # have columns of their own
 # Settings that the base model's own number depends on; for the teacher's, two more.

@@ -194,17 +194,17 @@ def strength(gap: float) -> int:
     return n if gap > 0 else -n
 
 
-def token_spans(tokens: list[tuple[str, float, float]]) -> str:
+def token_spans(tokens: list[tuple[str, float, float]], who: str = "teacher") -> str:
     """The answer as coloured spans, one per token.
 
-    tokens: (text, log-prob of the student, of the teacher). Classes: p1 to p4 above zero, n1 to n4
+    tokens: (text, log-prob of the student, of `who`). Classes: p1 to p4 above zero, n1 to n4
     below, z about zero.
     """
     out = []
     for text, s, t in tokens:
         n = strength(t - s)
         kind = f"p{n}" if n > 0 else f"n{-n}" if n < 0 else "z"
-        out.append(f'<span class="t {kind}" title="teacher {t:.2f}, student {s:.2f}, '
+        out.append(f'<span class="t {kind}" title="{who} {t:.2f}, student {s:.2f}, '
                    f'difference {t - s:+.2f}">{escape(text)}</span>')
     return "".join(out)
 
@@ -217,7 +217,7 @@ def legend() -> str:
     parts = [f'<span class="t n{4 - n}">{text}</span>' for n, text in enumerate(less)]
     parts.append(f'<span class="t z">-{a} to +{a}</span>')
     parts += [f'<span class="t p{n + 1}">{text}</span>' for n, text in enumerate(more)]
-    return ('<p class="legend"><span>Less likely to the teacher (orange, dotted line):</span> '
+    return ('<p class="legend"><span>Less likely than to the student (orange, dotted line):</span> '
             + " ".join(parts).replace("-", "\u2212")
             + " <span>more likely (blue, solid line). \u25aa is the stop token.</span></p>")
 

@@ -32,6 +32,7 @@ from analysis.figures import INK, LESS, MORE  # noqa: E402
 from data import records, toy  # noqa: E402
 from loss import distill_loss  # noqa: E402
 from rollout import sample  # noqa: E402
+from scale.checks import quiet  # noqa: E402
 from teacher import hint  # noqa: E402
 
 # Dimension letters: L prompt tokens, T response tokens, D hidden, V vocabulary.
@@ -187,7 +188,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="docs/one_token.png", help="the PNG to write")
     args = parser.parse_args(argv)
-    qwen.quiet()
+    quiet()
     case = compute()
     draw(case).quantize(192, dither=Image.Dither.NONE).save(args.out, optimize=True)
     print(json.dumps({"answer": "".join(case.pieces), "token": case.pieces[case.worst],

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import records as record_files, toy  # noqa: E402
-from model import TINY, load, quiet  # noqa: E402
+from model import TINY, load  # noqa: E402
+from scale.checks import quiet  # noqa: E402
 
 # Dimension letters: N records, D hidden, F facts.
 

@@ -1,16 +1,23 @@
 """analysis/report.py - one run as one page: what changed, token by token and cell by cell.
 
 The idea.  A table says that a student got better; it does not say how. Two pictures do. One colours
-every token of an answer by how likely the teacher finds it. The other shows where in the picture
-the sink token looks. Both are drawn before and after training. The page is one file: it needs no
-network and no library, and can be mailed. This file collects a run's files and its models' answers,
-and writes the page; figures.py draws.
+every token of an answer: does it come from the hint, from any hint, or from the picture? The other
+shows where in the picture the sink token looks. Both are drawn before and after training. The page
+is one file: it needs no network and no library, and can be mailed. This file collects a run's files
+and its models' answers, and writes the page; figures.py draws.
 
 In:  the folder of a run, finished, killed or still running; its models, if they can be loaded.
 Out: an HTML file; with --pictures also attention.png and rollouts.png for a README.
 
-The one equation (the colour of token n; training pulls its average to zero):
-    log p_T(y_n | picture, question, hint, y_<n) - log p_theta(y_n | picture, question, y_<n)
+The equation.  Student and teacher read the student's answer y. X: picture and question; S: the
+hint; Q: the question alone; S': the hint of another record. Token n is coloured three times, by
+    with the hint         log p_T(y_n | X, S, y_<n)  - log p_theta(y_n | X, y_<n)
+    with a wrong hint     log p_T(y_n | X, S', y_<n) - log p_theta(y_n | X, y_<n)
+    without the picture   log p_theta(y_n | Q, y_<n) - log p_theta(y_n | X, y_<n)
+The sum of the first over the answer, log p_T(y | X, S) - log p_theta(y | X), is its *nats of
+privilege*. While both share their weights (before training, --teacher self) that is the pointwise
+information i(y; S | X) of the hint about the answer; later it also has what the student learnt. Its
+mean over the student's samples is -KL(p_theta || p_T): on average a hint speaks against them.
 
 Run  python analysis/report.py runs/NAME --out report.html
      python analysis/report.py runs/NAME --pictures docs/
@@ -35,6 +42,7 @@ from dataclasses import dataclass, field, fields
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -47,17 +55,18 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
                               rollouts_picture, spread, table, token_spans)
 from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
-from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
+from distill import HERE, TOY, Config, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
-from model import load, quiet, to_rgb  # noqa: E402
+from model import last_hidden_state, load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
-from scale.checks import one_line  # noqa: E402
+from scale.checks import one_line, quiet  # noqa: E402
 
 # Dimension letters: T response tokens, h x w visual tokens of a picture, D hidden, V vocabulary.
 
 TOKENS = 1000                        # of an answer are shown: a page must stay a page
 TILES = 2                            # pictures of one record
+HINTED = "with the hint"             # what the teacher reads in training
 
 
 @dataclass
@@ -65,12 +74,13 @@ class Answer:
     """One model's answer to one record. Lists have one entry per token.
 
     pieces    texts of the tokens; joined, the answer's text
-    student, teacher   log-probs of the tokens, the teacher's with the hint
+    student   log-probs of the tokens
+    read      {what was read: log-probs}: "with the hint", the teacher's; others where they exist
     maps      {layer: [the sink's attention (h, w), mean over heads, for each picture]}
     """
     pieces: list[str]
     student: list[float]
-    teacher: list[float]
+    read: dict[str, list[float]]
     correct: bool = False
     extracted: str | None = None
     stopped: bool = True
@@ -80,10 +90,9 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def tokens(self) -> list[tuple[str, float, float]]:
-        """(text, student, teacher) of each token, as figures.py takes them."""
-        return list(zip(self.pieces, self.student, self.teacher))
+    def tokens(self, what: str = HINTED) -> list[tuple[str, float, float]]:
+        """(text, the student's log-prob, the other's) of each token, as figures.py takes them."""
+        return list(zip(self.pieces, self.student, self.read[what]))
 
 
 @dataclass
@@ -92,12 +101,20 @@ class Example:
     record: dict
     hint: str | None
     tiles: list[Image.Image]
+    wrong: str | None = None                         # the hint of another record
     before: Answer | None = None
     after: Answer | None = None
+    seen: dict | None = None             # the record with the pictures that the teacher sees
 
     @property
     def title(self) -> str:
         return f"{self.record['id']}: {self.record['question']}"
+
+    @property
+    def told(self) -> str:
+        """The privilege, in words."""
+        other = self.seen is not None and self.seen is not self.record
+        return "; ".join(filter(None, ["other pictures" * other, self.hint])) or "none"
 
     def answers(self) -> dict[str, Answer | None]:
         return {"before training": self.before, "after training": self.after}
@@ -154,7 +171,8 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
     if args.get("student") == plain["student"]:
         plain |= TOY
     for name, value in args.items():
-        toy = name in ("data", "eval_data") and Path(str(value)).parent == HERE / "data" / "toy"
+        toy = (name in ("data", "eval_data", "dev_data")
+               and Path(str(value)).parent == HERE / "data" / "toy")
         if name not in plain or value == plain[name] or toy:
             continue
         flag = "--" + name.replace("_", "-")
@@ -201,15 +219,17 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
     config.device, config.dtype = device or config.device, dtype or config.dtype
     config.offload_teacher = False           # it reads beside the student here, on one device
     limit = max_new_tokens or min(config.max_new_tokens, 1024)
-    needs = () if config.privilege == "none" else (config.privilege,)
     try:
-        records = [with_frames({"instruction": run.args.get("instruction", ""), **r})
-                   for r in record_files.load(config.eval_data, needs)[:count]]
+        records = record_files.load(config.eval_data, teaching.NEEDS[config.privilege])
+        hints = [teaching.hint(r, config.privilege) for r in records]
         start, teacher, processor = distill.build_models(config)
         if config.teacher == "ema":
             load_averaged(teacher, run)
-        run.examples = [Example(r, teaching.hint(r, config.privilege), tiles_of(r, processor))
-                        for r in records]
+        for n, record in enumerate(records[:count]):
+            record = with_frames({"instruction": run.args.get("instruction", ""), **record})
+            wrong = next((hint for hint in hints[n:] + hints[:n] if hint != hints[n]), None)
+            run.examples.append(Example(record, hints[n], tiles_of(record, processor), wrong,
+                                        seen=teaching.seen(record, config.privilege)))
         for example in run.examples:
             example.before = answer(start, teacher, processor, example, limit)
         del start
@@ -238,31 +258,36 @@ def load_averaged(teacher, run: Run) -> None:
 
 @torch.no_grad()
 def answer(student, teacher, processor, example: Example, max_new_tokens: int) -> Answer:
-    """One record's greedy answer, scored by both models, with the sink's attention maps."""
-    prompt = processor.prompt(example.record)
+    """One record's greedy answer, scored by each reader, with the sink's attention maps."""
+    record, prompt = example.record, processor.prompt(example.record)
     batch = processor.batch([prompt], device=student.device)
-    cue = getattr(student, "cue_recovery", None)
-    kept = cue is not None and cue.keep_attention
+    cue = getattr(student, "cue_recovery", SimpleNamespace(keep_attention=False, attention={}))
+    kept, cue.keep_attention = cue.keep_attention, True
     try:
-        if cue is not None:
-            cue.keep_attention = True
         got = sample(student, batch, max_new_tokens=max_new_tokens, temperature=0,
                      **processor.sampling)
         visual = (batch["input_ids"][0] == processor.image_id) | (
             batch["input_ids"][0] == processor.video_id)
         grids = tile_grids(prompt, processor.merge)
         # decoding leaves the maps of the prefill alone; without a picture there are none
-        maps = {} if cue is None else {layer: split(a[0].float().mean(0)[visual].cpu(), grids)
-                                       for layer, a in sorted(cue.attention.items())}
+        maps = {layer: split(a[0].float().mean(0)[visual].cpu(), grids)
+                for layer, a in sorted(cue.attention.items())}
     finally:
-        if cue is not None:
-            cue.keep_attention = kept
+        cue.keep_attention = kept
     ids = got.ids[0, :int(got.lengths[0])]                                               # (T,)
-    hinted = processor.prompt(example.record, example.hint, pictures_from=prompt)
-    verdict = judge(example.record, processor.decode(ids), bool(got.stopped[0]), len(ids))
+    told = example.seen or record
+    shown = prompt if told is record else None       # with a view the teacher has its own pictures
+    reads = {HINTED: (teacher, processor.prompt(told, example.hint, shown))}
+    if example.wrong:
+        reads["with a wrong hint"] = teacher, processor.prompt(told, example.wrong, shown)
+    if grids:        # the student itself, so that its weights make no difference
+        blind = processor.prompt(record | {"images": [], "video": []})
+        reads["without the picture"] = student, blind
+    read = {what: token_logprobs(model, processor, asked, ids)
+            for what, (model, asked) in reads.items()}
+    verdict = judge(record, processor.decode(ids), bool(got.stopped[0]), len(ids))
     return Answer(pieces(ids.tolist(), processor.decode),
-                  token_logprobs(student, processor, prompt, ids),
-                  token_logprobs(teacher, processor, hinted, ids), verdict["correct"],
+                  token_logprobs(student, processor, prompt, ids), read, verdict["correct"],
                   verdict["extracted"], verdict["stopped"], maps)
 
 
@@ -381,12 +406,14 @@ def curves_section(run: Run) -> str:
     ends = [(x, models[name]) for x, name in ((0, "base"), (run.metrics[-1]["step"], "student"))
             if name in models]
     line = sorted({**dict(seen), **{x: s["accuracy"] for x, s in ends}}.items())
+    amid = ("" if run.args.get("dev_data", "test") == "test" else
+            "; between the ends on the dev records")
     taught = models.get("teacher", {}).get("accuracy")
     levels = [] if taught is None else [(f"teacher {percent(taught)}", 100 * taught, "b")]
     charts = [
         chart("loss", "Loss, nats per response token",
               [("loss", points(run.metrics, "loss"), "a")]),
-        chart("acc", "Accuracy on the test records, %",
+        chart("acc", f"Accuracy on the test records, %{amid}",
               [("student", [(x, 100 * y) for x, y in line], "a")], levels=levels, dots=True,
               form=".0f",
               bars=[(x, *(100 * v for v in s["interval"])) for x, s in ends if s.get("interval")]),
@@ -399,7 +426,7 @@ def curves_section(run: Run) -> str:
                                   "reached): the accuracy has its ends only.")
     return ('<p>Thin: every step. Thick: running mean.</p>'
             f'<div class="charts">{"".join(charts)}</div>{few}'
-            + (table("Accuracy while training, %. Step 0 is the base.", ["step", "accuracy"],
+            + (table(f"Accuracy while training, %{amid}. Step 0 is the base.", ["step", "accuracy"],
                      [[x, percent(y)] for x, y in line]) if line else ""))
 
 
@@ -431,17 +458,21 @@ def answer_block(title: str, answer: Answer | None) -> str:
     verdict = "right" if answer.correct else (
         "wrong" if answer.extracted is not None else "wrong: no answer found")
     verdict += "" if answer.stopped else ", cut off"
-    shown, n = answer.tokens[:TOKENS], len(answer.tokens)
-    mean = sum(t - s for _, s, t in answer.tokens) / n
-    rows = [[repr(text)[1:-1] or "(none)", f"{t:.2f}", f"{s:.2f}", f"{t - s:+.2f}"]
-            for text, s, t in shown]
-    return (f'<div class="said"><h4>{title}: {verdict}</h4>'
-            f'<p class="answer">{token_spans(shown)}</p>'
+    n, lines = len(answer.pieces), ""
+    for what in answer.read:
+        tokens = answer.tokens(what)
+        nats = sum(other - s for _, s, other in tokens)
+        lines += (f'<p class="soft">{what}: {nats:+.2f} nats'
+                  f'{" of privilege" if what == HINTED else ""}, {nats / n:+.3f} a token</p>'
+                  f'<p class="answer">{token_spans(tokens[:TOKENS], what)}</p>')
+    rows = [[repr(text)[1:-1] or "(none)", f"{s:.2f}", *(f"{other - s:+.2f}" for other in others)]
+            for text, s, *others in zip(answer.pieces[:TOKENS], answer.student,
+                                        *answer.read.values())]
+    return (f'<div class="said"><h4>{title}: {verdict}, {n} tokens</h4>{lines}'
             + (missing(f"{n - TOKENS} more tokens are not shown.") if n > TOKENS else "")
-            + f'<p class="soft">mean difference {mean:+.3f} nats a token, {n} tokens</p>'
-            "<details><summary>the tokens as a table</summary>"
-            + table(f"Log-probs of each token, {title}.",
-                    ["token", "teacher", "student", "difference"], rows, "tokens")
+            + "<details><summary>the tokens as a table</summary>"
+            + table(f"Log-probs of each token, {title}: the student's, and by how much each of the "
+                    "others is above it.", ["token", "student", *answer.read], rows, "tokens")
             + "</details></div>")
 
 
@@ -449,9 +480,11 @@ def rollouts_section(run: Run) -> str:
     note = "".join(missing(run.missing[k]) for k in ("models", "teacher") if k in run.missing)
     if not run.examples:
         return note or missing("No answers: the models were not asked (--records 0).")
-    out = [note, "<p>The first test records, answered greedily now. Each token is coloured by "
-           "teacher minus student log-prob of that token, in nats; the teacher reads the hint, the "
-           "student does not. Point at a token or touch it for both.</p>", legend()]
+    out = [note, "<p>The first test records, answered greedily now. Each answer stands there once "
+           "for each other reader; a colour is how much more likely that reader finds the token "
+           "than the student, in nats. Coloured only with the hint: the token hangs on this hint. "
+           "The same with a wrong hint: any hint does it. Orange without the picture (the student "
+           "itself): it was seen. Point at a token or touch it for its numbers.</p>", legend()]
     for example in run.examples:
         pictures = "".join(image_tag(tile, f"Picture {n + 1} of the question")
                            for n, tile in enumerate(example.tiles))
@@ -460,7 +493,9 @@ def rollouts_section(run: Run) -> str:
         out.append(f'<article><h3>{escape(example.title)}</h3><div class="asked">{pictures}'
                    f'<dl><dt>Answer</dt><dd>{escape(str(example.record["answer"]))}</dd>'
                    '<dt>Hint, for the teacher only</dt>'
-                   f'<dd>{escape(example.hint or "none")}</dd></dl></div>'
+                   f'<dd>{escape(example.told)}</dd>'
+                   '<dt>Wrong hint, of another record</dt>'
+                   f'<dd>{escape(example.wrong or "none")}</dd></dl></div>'
                    f'<div class="both">{said}</div></article>')
     return "".join(out)
 
@@ -560,7 +595,7 @@ def write_pictures(run: Run, folder: Path) -> list[Path]:
     if answered:
         pictures["rollouts.png"] = rollouts_picture([
             (f"{e.record['question']}   (answer: {e.record['answer']})",
-             {f"{when}: {'right' if a.correct else 'wrong'}" if a else when: a.tokens if a else None
+             {f"{when}: {'right' if a.correct else 'wrong'}" if a else when: a and a.tokens()
               for when, a in e.answers().items()}) for e in answered[:2]])
     for example in answered:
         if example.has_maps():

@@ -1,7 +1,8 @@
-"""benchmarks/counting.py - what several files need to count with: an interval, a percent, a table.
+"""benchmarks/counting.py - what several files need to count with, and to show what was counted.
 
 The idea.  A share without its interval says too little, and every table of the project is Markdown
-that also reads well in a terminal. These three functions stand below all other files.
+that also reads well in a terminal. A summary is what evaluate.summarise() counts, a row one graded
+answer of evaluate.judge(). These functions stand below all other files.
 
 The one equation (95 % interval of k right out of n, Wilson's, z = 1.96):
     (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2)
@@ -42,3 +43,47 @@ def grid(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |"
              for row in table]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+# ---------------------------------------------------------------------------- graded answers
+
+def line(summary: dict) -> str:
+    """One line for a log."""
+    text = f"accuracy {percent(summary['accuracy'], summary['interval'])} %"
+    if "grounded" in summary:
+        text += f"  grounded {percent(summary['grounded'])} %"
+    return (text + f"  unparsed {percent(summary['unparsed'])} %  length {summary['length']:.0f}"
+            f"  n {summary['n']}")
+
+
+def unparsed_warning(rows: list[dict]) -> str:
+    """What to say when many answers cannot be read: one of them, and the likely cause."""
+    lost = [row for row in rows if row["extracted"] is None]
+    return (f"WARNING: no answer was found in {len(lost)} of {len(rows)} responses, which count as "
+            f"wrong. The first ({lost[0]['id']}): {lost[0]['response'][-300:]!r}. Ask for a box "
+            "(--instruction), or give more --max-new-tokens if it was cut off.")
+
+
+def table(summaries: dict[str, dict]) -> str:
+    """Models as rows, in Markdown."""
+    columns = [("accuracy % [95 %]", lambda s: percent(s["accuracy"], s["interval"])),
+               ("grounded % [95 %]", lambda s: percent(s["grounded"], s["grounded_interval"])
+                if "grounded" in s else None),
+               ("hint rows", lambda s: str(s["hint_rows"])),
+               ("unparsed %", lambda s: percent(s["unparsed"])),
+               ("cut off %", lambda s: percent(s["cut_off"])),
+               ("length", lambda s: f"{s['length']:.1f}"),
+               ("n", lambda s: str(s["n"]))]
+    columns = [(name, show) for name, show in columns if all(show(s) for s in summaries.values())]
+    rows = [[name, *(show(s) for _, show in columns)] for name, s in summaries.items()]
+    return grid([["", *(name for name, _ in columns)], *rows])
+
+
+def before_after(before: list[dict], after: list[dict]) -> str:
+    """The first question that the base got wrong, and both answers, whatever the second is."""
+    for old, new in zip(before, after):
+        if not old["correct"]:
+            return (f"the first test question that the base got wrong ({old['id']}):\n"
+                    f"  question  {old['question']}   (answer: {old['gold']})\n"
+                    f"  before    {old['response']}\n  after     {new['response']}")
+    return "the base got every test question right"

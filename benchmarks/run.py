@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import readers, scores  # noqa: E402
 from benchmarks.counting import interval, percent  # noqa: E402
-from evaluate import (GROUP, add_decoding, answer, judge, load_asked,  # noqa: E402
-                      run_settings, summarise)
-from model import find_folder, quiet  # noqa: E402
+from evaluate import GROUP, answer, judge, summarise  # noqa: E402
+from model import find_folder  # noqa: E402
 from scale import checkpoint  # noqa: E402
 from scale.answers import answer_into, check_saved  # noqa: E402
-from scale.checks import number, one_line  # noqa: E402
+from scale.asked import add_decoding, fill_in, load_asked  # noqa: E402
+from scale.checks import number, one_line, quiet  # noqa: E402
 from scale.identity import checkpoint_digest  # noqa: E402
 
 # The paper's decoding, table 4: temperature, nucleus, penalty, pixels of a picture or frame.
@@ -101,9 +101,7 @@ def benchmark_table(results: dict[str, dict]) -> str:
 
 
 def run(args) -> None:
-    own = run_settings(Path(args.model))
-    for key in ("max_new_tokens", "min_pixels", "max_pixels"):
-        setattr(args, key, getattr(args, key) or own[key])
+    fill_in(args)
     names = readers.ROWS if args.benchmark == "all" else [args.benchmark]
     # All files are read and checked first: a missing one must not show after hours of answers.
     items = {name: readers.load(name, args.source, check_rows=not args.any_rows)
@@ -111,7 +109,7 @@ def run(args) -> None:
     args.digest = None if args.rescore else checkpoint_digest(find_folder(args.model))
     for name in names:                  # other answers in --out are refused before weights are read
         saved_answers(name, items[name], args)
-    model, processor = (None, None) if args.rescore else load_asked(args, own)
+    model, processor = (None, None) if args.rescore else load_asked(args)
     results = {name: run_benchmark(name, items[name], args, model, processor) for name in names}
     folder = Path(args.out)
     checkpoint.write_json(folder / "scores.json", results)

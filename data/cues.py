@@ -38,10 +38,10 @@ from benchmarks.counting import interval  # noqa: E402
 from benchmarks.grade import grade  # noqa: E402
 from data import records as record_files  # noqa: E402
 from data.leaks import audit  # noqa: E402
-from model import load, quiet  # noqa: E402
+from model import load  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale.checkpoint import append_jsonl, read_jsonl, write_jsonl  # noqa: E402
-from scale.checks import check_placement, number, one_line  # noqa: E402
+from scale.checks import check_placement, number, one_line, quiet  # noqa: E402
 
 # Asked for under a version: change a word, change the version, and old cues can be told from new.
 PROMPT_VERSION = {"cue": "cue-1", "rationale": "rationale-1"}

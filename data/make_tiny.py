@@ -37,7 +37,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import toy  # noqa: E402
 from model import Processor, load  # noqa: E402
-from rollout import append_response, sample  # noqa: E402
+from rollout import sample  # noqa: E402
 from scale.checkpoint import save_model  # noqa: E402
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -211,14 +211,16 @@ def model_depth(weights) -> int:
 def supervised_loss(model, processor, examples) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, the stop token included."""
     stop = processor.control["<|im_end|>"]
-    batch = processor.batch([processor.prompt({"images": [p], "question": q}, hint)
-                             for p, q, hint, _ in examples])
+    prompts = [processor.prompt({"images": [p], "question": q}, hint) for p, q, hint, _ in examples]
     answers = [processor.encode(a) + [stop] for *_, a in examples]
     lengths = torch.tensor([len(a) for a in answers])
     T = int(lengths.max())
     ids = torch.tensor([a + [processor.pad_id] * (T - len(a)) for a in answers])
     mask = torch.arange(T) < lengths[:, None]
-    hidden = model.model(**append_response(batch, ids, lengths)).last_hidden_state
+    # padded on the left, so that the answers are the last T columns
+    batch = processor.batch([replace(prompt, ids=prompt.ids + answer)
+                             for prompt, answer in zip(prompts, ids.tolist())])
+    hidden = model.model(**batch).last_hidden_state
     logits = model.lm_head(hidden[:, -T - 1:-1][mask])    # logit t predicts token t + 1
     return torch.nn.functional.cross_entropy(logits, ids[mask])
 

@@ -124,7 +124,7 @@ def _parse(line: bytes) -> dict:
 
 
 def _check(record: dict, needs) -> None:
-    """Every field has its type, and no text was damaged on its way into JSON."""
+    """Fields have their types and make sense together; no text was damaged on its way into JSON."""
     for name, kind in (*REQUIRED.items(), *OPTIONAL.items()):
         if name in record:
             _typed(name, record[name], kind)
@@ -135,8 +135,8 @@ def _check(record: dict, needs) -> None:
             raise ValueError(f"this run needs {name!r}, which the record lacks; "
                              "choose another --privilege or add the field")
     for name, value in record.items():
-        for text in _texts(value) + [name]:
-            _whole(name, text, latex=name in REQUIRED or name in OPTIONAL)
+        for part in (value, name):
+            _whole(name, part, latex=name in REQUIRED or name in OPTIONAL)
     if not record["question"].strip():
         raise ValueError("the question is empty")
     mark = re.search("<(?:image|video)>", record["question"])
@@ -146,17 +146,6 @@ def _check(record: dict, needs) -> None:
     options = record.get("options", [])
     for option in options.values() if isinstance(options, dict) else options:
         _typed("options", option, str)
-    _check_numbers(record)
-
-
-def _typed(name: str, value, kind) -> None:
-    """`value` has the type; true and false are numbers to Python, but not here."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"field {name!r} is a {type(value).__name__}: {str(value)[:40]!r}")
-
-
-def _check_numbers(record: dict) -> None:
-    """Times of a video, and how an answer is graded."""
     if "video" in record:
         frames, seconds = len(record["video"]), record.get("seconds")
         if not frames or seconds is None and "fps" not in record:
@@ -175,23 +164,30 @@ def _check_numbers(record: dict) -> None:
                          f"none of {', '.join(ANSWER_KINDS)}")
 
 
-def _texts(value) -> list[str]:
-    """All texts in a value, however deep."""
+def _typed(name: str, value, kind) -> None:
+    """`value` has the type; true and false are numbers to Python, but not here."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"field {name!r} is a {type(value).__name__}: {str(value)[:40]!r}")
+
+
+def _whole(name: str, value, latex: bool) -> None:
+    """Every text in `value`, however deep, is as it was written.
+
+    Half a character (a lone surrogate) fits no file; half a LaTeX command is another answer.
+    """
     if isinstance(value, dict):
-        return [text for pair in value.items() for part in pair for text in _texts(part)]
+        value = [part for pair in value.items() for part in pair]
     if isinstance(value, list):
-        return [text for part in value for text in _texts(part)]
-    return [value] if isinstance(value, str) else []
-
-
-def _whole(name: str, text: str, latex: bool) -> None:
-    """Half a character (a lone surrogate) fits no file; half a LaTeX command is another answer."""
+        for part in value:
+            _whole(name, part, latex)
+    if not isinstance(value, str):
+        return
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"field {ascii(name[:40])[1:-1]!r} holds half a character, "
-                         f"{ascii(text[error.start])}: was an emoji cut in two?") from None
-    if latex and (eaten := EATEN.search(text)):
+                         f"{ascii(value[error.start])}: was an emoji cut in two?") from None
+    if latex and (eaten := EATEN.search(value)):
         word = LETTER[eaten[0][0]] + eaten[0][1:11]
         raise ValueError(f"field {name!r} holds {eaten[0][:11]!r}, which JSON makes of \\{word}; "
                          f"write \\\\{word} with two backslashes")

@@ -19,11 +19,14 @@ never the answer) and the rationale (the reasoning that leads to the answer).
 In:  a seed.  Out: records as data/records.py reads them, plus "objects": all that is in the
 picture, so that evaluate.py can check whether an answer's evidence is real (`grounded`).
 
-Use:  python data/toy.py             data/toy: 3,000 train and 512 test records with PNG files
-      python data/toy.py --large     data/toy-large, for a real model: 7,040 and 512
-`python distill.py` does this by itself when no --data is given.
+Use:  python data/toy.py                 data/toy: 3,000 train, 512 test and 256 dev records
+      python data/toy.py --large         data/toy-large, for a real model: 7,040, 512 and 256
+      python data/toy.py --cues wrong    data/toy-wrong: the same, but a teacher told falsehoods
+      python data/toy.py --views masked  data/toy-masked: pictures for --privilege view
+`python distill.py` does the first two by itself when no --data is given.
 
 Train and test share no picture: the checksum of a picture's contents decides where it belongs.
+Dev, by which a run chooses its best student, is of test's side and leaves out what test shows.
 SMALL is kept easy on purpose: 9 to 12 cells, 3 shapes, 4 colours, no overlap. LARGE has 48 to 80
 cells and 20 to 40 things. Each cell is four visual tokens of Qwen3-VL, thin lines show the grid,
 and a question says all that a model must know to answer (where row 1 is, which words to use).
@@ -39,6 +42,7 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +53,7 @@ COLOURS = {"red": (214, 45, 45), "blue": (40, 90, 215), "green": (35, 150, 70),
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("count", "add", "locate", "compare")
 HARDER = ("sum", "odd", "left", "most")
-PAPER, LINE = (246, 244, 238), (222, 219, 210)
+PAPER, LINE, FRAME = (246, 244, 238), (222, 219, 210), (40, 40, 44)
 # corners of the shapes that are polygons, from the middle, for a radius of 1; y grows downward
 CORNERS = {"triangle": ((0, -1), (1, 1), (-1, 1)),
            "diamond": ((0, -1), (0.8, 0), (0, 1), (-0.8, 0)),
@@ -72,7 +76,7 @@ class World:
     shapes: tuple = SHAPES
     kinds: tuple = KINDS
     notes: dict = field(default_factory=dict)   # kind -> what stands behind its questions
-    records: tuple[int, int] = (3000, 512)   # train and test
+    records: tuple[int, int, int] = (3000, 512, 256)    # train, test and dev
     smooth: int = 4                          # drawn so many times too large, then shrunk by
     shrink: Image.Resampling = Image.Resampling.LANCZOS     # (BOX is three times as fast)
     lines: bool = False                      # between the cells
@@ -86,7 +90,7 @@ _SHAPES = (*SHAPES, *(name for name in CORNERS if name not in SHAPES))
 _NAME_COLOUR = f" Answer with one of: {', '.join(_MORE)}."
 LARGE = World(
     "toy-large", 64, ((6, 8), (6, 10), (7, 9), (8, 8), (8, 10)), (20, 40), 0.25, _MORE, _SHAPES,
-    KINDS + HARDER, records=(7040, 512),     # 55 steps of 128: an epoch of the paper's main run
+    KINDS + HARDER, records=(7040, 512, 256),    # 55 steps of 128: an epoch of the paper's main run
     notes={"add": " Row 1 is at the top.", "locate": " Row 1 is at the top.",
            "compare": ' Answer with the colour, or "equal".', "left": _NAME_COLOUR,
            "most": _NAME_COLOUR, "odd": f" Answer with one of: {', '.join(_SHAPES)}."},
@@ -119,8 +123,11 @@ class Scene:
         return "test" if zlib.crc32(text.encode()) % 8 == 0 else "train"
 
 
-def make_scene(rng: random.Random, split: str, world: World = SMALL) -> Scene:
-    """A few things, many of them in one colour, so that questions have something to count."""
+def make_scene(rng: random.Random, split: str, world: World = SMALL, without=()) -> Scene:
+    """A few things, many of them in one colour, so that questions have something to count.
+
+    without: "objects" of records whose pictures are taken.
+    """
     while True:
         rows, columns = rng.choice(world.sizes)
         cells = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1)]
@@ -131,7 +138,7 @@ def make_scene(rng: random.Random, split: str, world: World = SMALL) -> Scene:
             colour = favourite if rng.random() < world.favourite else rng.choice(colours)
             things.append(Thing(row, column, colour, rng.choice(world.shapes)))
         scene = Scene(rows, columns, tuple(things), world)
-        if scene.split == split:
+        if scene.split == split and list(map(str, things)) not in without:
             return scene
 
 
@@ -302,29 +309,80 @@ def grounded(response: str, record: dict) -> bool:
         for colour, shape, row, column in stated)
 
 
+# ---------------------------------------------------------------------------- controls
+
+CUES = ("own", "wrong", "empty")
+NOTHING = "Look at the picture."
+
+
+def replace_cues(records: list[dict], cues: str, rng: random.Random) -> None:
+    """What does a cue teach, beside what it says? The same records with other cues, in place.
+
+    "wrong": each record has another's cue (now and then of the same text). "empty": all have one
+    sentence that says nothing. "own": as they are.
+    """
+    given = [record["cue"] for record in records]
+    if cues == "wrong":         # a ring through all records in random order: none keeps its own
+        order = rng.sample(range(len(given)), len(given))
+        other = dict(zip(order, order[1:] + order[:1]))
+        given = [given[other[n]] for n in range(len(given))]
+    elif cues == "empty":
+        given = [NOTHING] * len(given)
+    for record, cue in zip(records, given):
+        record["cue"] = cue
+
+
+# ---------------------------------------------------------------------------- views
+
+VIEWS = ("own", "enlarged", "marked", "masked", "blurred")
+
+
+def view(picture: Image.Image, things: list[Thing], kind: str, cell: int) -> Image.Image:
+    """Another look at a picture for --privilege view. things: what the question is about.
+
+    "enlarged" has four times the visual tokens; "marked" frames the cells of `things`; "masked"
+    shows nothing else; "blurred" leaves two pixels to the side of a cell: colours, hardly shapes.
+    All are functions of the picture and the question. Only of "blurred" the student is the reader,
+    so that its teacher knows what the student cannot see.
+    """
+    width, height = picture.size
+    if kind == "enlarged":
+        return picture.resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
+    if kind == "blurred":
+        few = picture.resize((2 * width // cell, 2 * height // cell), Image.Resampling.BOX)
+        return few.resize((width, height), Image.Resampling.BICUBIC)
+    out = picture.copy() if kind == "marked" else Image.new("RGB", (width, height), PAPER)
+    for thing in things:
+        left, top = (thing.column - 1) * cell, (thing.row - 1) * cell
+        if kind == "marked":
+            ImageDraw.Draw(out).rectangle((left, top, left + cell - 1, top + cell - 1),
+                                          outline=FRAME, width=cell // CELL)
+        else:
+            box = (left, top, left + cell, top + cell)
+            out.paste(picture.crop(box), box)
+    return out
+
+
 # ---------------------------------------------------------------------------- writing
 
 def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bool = True,
-          world: World = SMALL) -> None:
+          world: World = SMALL, cues: str = "own", views: str = "own", dev: int = 0) -> None:
     """Write FOLDER/train.jsonl, test.jsonl and images/; the folder appears only when complete.
 
+    dev: records of a dev.jsonl beside them, 0 for no such file.
     replace=False keeps a folder that another process wrote meanwhile, since it may be in use.
+    cues, views: as replace_cues() and view() have them; pictures, questions and ids do not depend
+    on them.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # a unique name: two first runs side by side must not draw into one folder
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
     for split, count in (("train", train), ("test", test)):
-        rng = random.Random(f"{seed} {split}")
-        (temporary / "images" / split).mkdir(parents=True)
-        with open(temporary / f"{split}.jsonl", "w", encoding="utf-8") as out:
-            for n in range(count):
-                scene = make_scene(rng, split, world)
-                image = f"images/{split}/{n}.png"
-                draw(scene, rng).save(temporary / image)
-                record = make_record(scene, make_question(scene, rng),
-                                     f"{world.name}-{split}-{n}", image)
-                out.write(json.dumps(record) + "\n")
+        write_split(temporary, split, count, seed, world, cues, views)
+    if dev:
+        taken = objects_in(temporary / "test.jsonl")
+        write_split(temporary, "dev", dev, seed, world, cues, views, taken)
     temporary.chmod(0o755)                   # mkdtemp makes it private
     if replace:
         shutil.rmtree(folder, ignore_errors=True)
@@ -336,32 +394,85 @@ def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bo
             raise
 
 
+def write_split(folder: Path, split: str, count: int, seed: int, world: World, cues: str,
+                views: str, without=()) -> None:
+    """FOLDER/SPLIT.jsonl and its pictures, drawn from a stream of its own."""
+    rng, records = random.Random(f"{seed} {split}"), []
+    for kind in ("images",) if views == "own" else ("images", "views"):
+        (folder / kind / split).mkdir(parents=True)
+    for n in range(count):
+        scene = make_scene(rng, "train" if split == "train" else "test", world, without)
+        image = f"images/{split}/{n}.png"
+        picture = draw(scene, rng)
+        picture.save(folder / image)
+        question = make_question(scene, rng)
+        records.append(make_record(scene, question, f"{world.name}-{split}-{n}", image))
+        if views != "own":
+            other = f"views/{split}/{n}.png"
+            view(picture, question.relevant(scene.things), views, world.cell).save(folder / other)
+            pair = (other, image) if views == "blurred" else (image, other)
+            records[-1] |= {"images": [pair[0]], "teacher_images": [pair[1]]}
+    replace_cues(records, cues, random.Random(f"{seed} {split} cues"))
+    with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def objects_in(path: Path) -> list[list[str]]:
+    """What the pictures of a record file show."""
+    return [json.loads(line)["objects"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def add_dev(folder: Path, world: World = SMALL, count: int = 256) -> None:
+    """Draw dev.jsonl into a world that was drawn before there was one. Nothing else is touched."""
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix="dev."))
+    try:
+        write_split(temporary, "dev", count, 0, world, "own", "own",
+                    objects_in(folder / "test.jsonl"))
+        with suppress(OSError):      # they are there: of another process, or of one that was killed
+            os.replace(temporary / "images" / "dev", folder / "images" / "dev")
+        os.replace(temporary / "dev.jsonl", folder / "dev.jsonl")
+    finally:
+        shutil.rmtree(temporary)
+
+
 def default(large: bool = False) -> Path:
     """The world of a run without --data, drawn when it is first asked for: data/toy, for the tiny
-    model, or data/toy-large."""
+    model, or data/toy-large. One without dev.jsonl gets it, if its folder can be written to.
+    """
     world = LARGE if large else SMALL
     folder = Path(__file__).resolve().parent / world.name
     if not (folder / "train.jsonl").exists():
         print(f"drawing the {'large ' if large else ''}toy world in {folder}", flush=True)
-        write(folder, *world.records, replace=False, world=world)
+        train, test, dev = world.records
+        write(folder, train, test, replace=False, world=world, dev=dev)
+    elif not (folder / "dev.jsonl").exists():
+        print(f"drawing {folder / 'dev.jsonl'}", flush=True)
+        with suppress(OSError):
+            add_dev(folder, world, world.records[2])
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a toy world as records and PNG files.")
     parser.add_argument("--large", action="store_true", help="the world of a real model")
+    parser.add_argument("--cues", choices=CUES, default="own", help="wrong: each record has "
+                        "another's cue; empty: a sentence that says nothing")
+    parser.add_argument("--views", choices=VIEWS, default="own", help="other pictures for the "
+                        "teacher, enlarged, marked or masked; or blurred ones for the student")
     parser.add_argument("--out", help="folder to write, replaced if it exists (default: data/toy "
-                        "or data/toy-large)")
+                        "or data/toy-large, with the kind of cues and views behind it)")
     parser.add_argument("--train", type=int, help="training records (default: 3000, large 7040)")
     parser.add_argument("--test", type=int, help="test records (default: 512)")
+    parser.add_argument("--dev", type=int, help="dev records (default: 256), 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     world = LARGE if args.large else SMALL
-    train, test = (default if typed is None else typed for typed, default in
-                   zip((args.train, args.test), world.records))
-    out = args.out or f"data/{world.name}"
-    write(out, train, test, args.seed, world=world)
-    print(f"{train} train and {test} test records in {out}")
+    train, test, dev = (default if typed is None else typed for typed, default in
+                        zip((args.train, args.test, args.dev), world.records))
+    changed = [kind for kind in (args.cues, args.views) if kind != "own"]
+    out = args.out or "data/" + "-".join([world.name, *changed])
+    write(out, train, test, args.seed, world=world, cues=args.cues, views=args.views, dev=dev)
+    print(f"{train} train, {test} test and {dev} dev records in {out}")
 
 
 if __name__ == "__main__":

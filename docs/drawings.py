@@ -4,6 +4,7 @@
     prompt(tokens), chips(tokens)    tokens in a row, each with its own colour and a line below it
     bars(rows)                       next-token distributions, one bar of length 1 each
     maps(image, rows)                where the sink token looks, a row of maps each
+    kinds(steps, rows)               which tokens learn last: a table of numbers, coloured
 
 In:  PIL images and plain numbers.  Out: a PIL image, which a notebook shows as it is.
 Most are drawn twice as large as they are shown, so that text is sharp. A palette keeps the notebook
@@ -136,3 +137,26 @@ def maps(image: Image.Image, rows: dict[str, dict[int, torch.Tensor]]) -> Image.
     """rows: {when: {layer: (h, w) shares of attention}}."""
     return figures.attention_picture(enlarged(image, 126), rows).quantize(
         128, dither=Image.Dither.NONE)
+
+
+def kinds(steps: list[int], rows: dict[str, list[float]]) -> Image.Image:
+    """rows: {kind of token: nats at each step}, drawn in this order. Last: what is left of each."""
+    high, left, edge = 70, 500, WIDTH - EDGE - 190
+    wide = (edge - left) / len(steps)
+    out, pen = blank((len(rows) + 1) * high + 2 * EDGE)
+    top = max(max(row) for row in rows.values())
+    for text, x in (*((str(step), left + (n + 0.5) * wide) for n, step in enumerate(steps)),
+                    ("left", (edge + WIDTH) / 2)):
+        pen.text((x, EDGE + high / 2), text, SOFT, font(32), anchor="mm")
+    pen.text((EDGE, EDGE + high / 2), "nats a token, at step", SOFT, font(32), anchor="lm")
+    for k, (kind, nats) in enumerate(rows.items()):
+        y = EDGE + (k + 1) * high
+        pen.text((EDGE, y + high / 2), kind, INK, font(34), anchor="lm")
+        for n, one in enumerate(nats):       # the root, so that small numbers differ to the eye
+            fill = tuple(round(255 + (one / top)**0.5 * (c - 255)) for c in figures.LESS[3])
+            x = left + n * wide
+            pen.rectangle((x, y, x + wide - 5, y + high - 5), fill)
+            pen.text((x + wide / 2 - 2, y + high / 2 - 2), f"{one:.3f}", INK, font(34), anchor="mm")
+        pen.text(((edge + WIDTH) / 2, y + high / 2 - 2), f"{100 * nats[-1] / nats[0]:.0f} %", INK,
+                 font(34), anchor="mm")
+    return small(out)

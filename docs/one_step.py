@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 here = Path(globals().get("__file__", "one_step.ipynb")).resolve()    # a notebook has no __file__
@@ -41,7 +42,7 @@ import model as qwen
 from data import records, toy
 from loss import distill_loss
 from PIL import Image
-from rollout import append_response, sample
+from rollout import sample
 from teacher import frozen_copy, hint
 
 torch.set_num_threads(1)              # more threads do not help a model of this size
@@ -129,12 +130,18 @@ drawings.chips([(name(token), f"{chance:.0%}", "control" if name(token)[:2] == "
 # L - 1 on. L is different for the two models, since their prompts are. T is the same.
 
 # %%
+def join(prompts, answers) -> dict:
+    """One batch of (B, L + T) tokens, padded on the left: the answers are its last T columns."""
+    return processor.batch([replace(prompt, ids=prompt.ids + ids)
+                            for prompt, ids in zip(prompts, answers.ids.tolist())])
+
+
 def read(model, prompts, answers, early: int = 1):
     """(B, T, V) logits of `model` for each token of the answers, behind these prompts."""
-    batch = append_response(processor.batch(prompts), answers.ids, answers.lengths)
     T = answers.ids.shape[1]
-    L = batch["input_ids"].shape[1] - T
-    return model(**batch).logits[:, L - early:L - early + T]
+    logits = model(**join(prompts, answers)).logits                            # (B, L + T, V)
+    L = logits.shape[1] - T
+    return logits[:, L - early:L - early + T]
 
 
 logits = read(student, [prompt], answers)                      # (1, T, V), with gradients
@@ -192,6 +199,32 @@ drawings.chips([(name(token), f"{one:.2f}", one / max(nats)) for token, one in z
 drawings.bars({"student": likeliest(log_p[worst], 2), "teacher": likeliest(log_q[worst], 2)})
 
 # %% [markdown]
+# **Why this token?** Three readings of the same answer tell where a token comes from. *Cue*: the
+# teacher, as above. *Wrong cue*: the teacher is told the cue of another picture. *No picture*: the
+# model reads the question alone. For each we print the log-probability of the token there, minus
+# the student's.
+#
+# The sum of the first column is the answer's **nats of privilege**,
+# $\log p_T(y \mid X, S) - \log p_\theta(y \mid X)$, with X for picture and question, S for the cue.
+# Both models still have the same weights, so it is the pointwise information that the cue gives
+# about this answer.
+
+# %%
+wrong = processor.prompt(record, hint(records.load(toy.default() / "test.jsonl")[2], "cue"))
+blind = processor.prompt(record | {"images": []})
+with torch.no_grad():
+    others = [read(teacher, [asked], answers)[0].log_softmax(-1) for asked in (wrong, blind)]
+why = torch.stack([(one - log_p.detach())[range(T), answer] for one in (log_q, *others)], 1)
+print(f" n  {'y_n':12}{'cue':>8}{'wrong cue':>12}{'no picture':>12}      (0.5 nats or more)")
+for n in (why.abs().max(1).values >= 0.5).nonzero()[:, 0].tolist():
+    print(f"{n + 1:2}  {name(answer[n])!r:12}{why[n, 0]:+8.2f}{why[n, 1]:+12.2f}{why[n, 2]:+12.2f}")
+print("    {:12}{:+8.2f}{:+12.2f}{:+12.2f}".format("sum", *why.sum(0).tolist()))
+
+# %% [markdown]
+# The full stop is unlikely with *this* cue only: another cue, or no picture at all, even makes it
+# likelier. A row number is unlikely without the picture, and the cue agrees with it: the student
+# has seen it. The nats of privilege are negative, since the cue speaks against this answer.
+#
 # The loss is the mean over the tokens of an answer, then over answers (eq. 7). We have one answer.
 # `distill_loss` of `loss.py` gives the same numbers. It takes hidden states instead of logits, so
 # that a vocabulary of 151,936 words fits into memory.
@@ -201,8 +234,8 @@ loss = kl.mean()
 with torch.no_grad():
     hidden = []
     for who, asked in ((student, prompt), (teacher, hinted)):
-        batch = append_response(processor.batch([asked]), answers.ids, answers.lengths)
-        hidden.append(who.model(**batch).last_hidden_state[0, -T - 1:-1])          # (T, D)
+        states = who.model(**join([asked], answers)).last_hidden_state             # (1, L + T, D)
+        hidden.append(states[0, -T - 1:-1])                                        # (T, D)
     same = distill_loss(*hidden, student.lm_head.weight, teacher.lm_head.weight)   # (T,)
 print(f"loss {loss.item():.4f} nats per token")
 print(f"distill_loss gives the same: {torch.allclose(same, kl, atol=1e-4)}")

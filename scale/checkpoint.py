@@ -35,6 +35,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "chat_template.json", "preprocessor_config.json", "processor_config.json",
+                   "generation_config.json", "vocab.json", "merges.txt",
+                   "video_preprocessor_config.json")
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it holds either the old text or the new one, never a part."""
@@ -174,7 +179,7 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
             model.cue_recovery.save(temporary / "cue_recovery.safetensors", module)
         if lora:             # merged into the weights; on their own as well, as PEFT has them
             lora.save(temporary / "adapter", adapted)
-        processor.write(temporary)
+        save_processor(processor, temporary)
         if notes is not None:
             (temporary / "evaluation.json").write_text(json.dumps(notes) + "\n", encoding="utf-8")
         mode = (temporary / "config.json").stat().st_mode
@@ -191,6 +196,25 @@ def save_model(model, processor, folder, notes: dict | None = None, weights: dic
         os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_processor(processor, folder: Path) -> None:
+    """Copy what the processor was read from, so that `folder` loads as its own does."""
+    for name in PROCESSOR_FILES:
+        if (processor.folder / name).exists():
+            shutil.copyfile(processor.folder / name, folder / name)
+    # a student trained on pictures of one size is to be used on pictures of that size
+    path = folder / "processor_config.json"         # where transformers 5 has it
+    settings = read_json(path) if path.exists() else {}
+    if settings.get("image_processor") is None:
+        path = folder / "preprocessor_config.json"
+        settings = read_json(path)
+    pictures = settings.get("image_processor", settings)
+    pictures["size"] = {"shortest_edge": processor.min_pixels,
+                        "longest_edge": processor.max_pixels}
+    for other_name in ("min_pixels", "max_pixels"):
+        pictures.pop(other_name, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def keep_student(run: Path, keep: int, seen: dict, save) -> None:

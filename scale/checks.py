@@ -54,6 +54,17 @@ def one_line(script: str, advice=lambda: ""):
         raise SystemExit(130) from None
 
 
+def quiet() -> None:
+    """No bar while weights are read from disk, for scripts that print their own; downloads keep it.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+    silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()      # switches the hub's bars off too, and 5 GB take a while
+    if not silent:
+        enable_progress_bars()
+
+
 @contextmanager
 def named(place: str):
     """NaN met in this block is reported with the place, a step or an evaluation, before it."""
@@ -225,39 +236,57 @@ def check_models(config) -> qwen.Processor:
     return processors[0]
 
 
-def check_data(config, processor) -> tuple[list[dict], list[dict]]:
-    """Training and test records; prompts over the limit are left out and counted, never cut.
+def check_data(config, processor) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training, test and dev records; prompts over the limit are left out and counted, never cut.
 
-    Without --data: a drawn world of the student's size. Raises ValueError by file and line.
+    Without --data: a drawn world of the student's size. Without dev records the test records are
+    returned in their place. Raises ValueError by file and line.
     """
     if not config.data and not is_tiny(config.student):
         print("no --data: training on the drawn world of data/toy.py, at a real model's size")
     config.data = config.data or str(toy.default(large=not is_tiny(config.student)) / "train.jsonl")
     config.eval_data = config.eval_data or str(Path(config.data).with_name("test.jsonl"))
-    for path in (config.data, config.eval_data):
+    if not config.dev_data:
+        beside = Path(config.data).with_name("dev.jsonl")
+        useful = config.eval_every and beside.exists() and beside != Path(config.data)
+        config.dev_data = str(beside) if useful else "test"
+    # kind -> (file, how many of its records, what the teacher is told of them)
+    limit = config.eval_limit or None
+    files = {"training": (config.data, None, config.privilege),
+             "test": (config.eval_data, limit, config.privilege),
+             "dev": (config.dev_data, limit, "none")}
+    if config.dev_data == "test":
+        del files["dev"]
+    for path, _, _ in files.values():
         if command := sources.known_raw(path):
             raise ValueError(f"{path} holds raw files; make records of them: {command}")
-    needs = () if config.privilege == "none" else (config.privilege,)
-    out = []
-    for path, limit in ((config.data, None), (config.eval_data, config.eval_limit or None)):
-        out.append([{"instruction": config.instruction, **record}
-                    for record in record_files.load(path, needs)][:limit])
-    if config.train == "cue" and not any(r["images"] or r.get("video") for r in out[0]):
+    out = {kind: [{"instruction": config.instruction, **record}
+                  for record in record_files.load(path, teaching.NEEDS[told])][:most]
+           for kind, (path, most, told) in files.items()}
+    if config.train == "cue" and not any(r["images"] or r.get("video") for r in out["training"]):
         raise ValueError(f"{config.data}: no record has a picture, so --train cue would train "
                          "nothing: the module asks the picture")
-    record_files.check_pictures(out[0] + out[1], config.check)
-    for n, (path, kind) in enumerate(((config.data, "training"), (config.eval_data, "test"))):
-        # the teacher's prompt is the student's and a line more, so its length decides for both
-        kept = [r for r in tqdm(out[n], f"{kind} prompts", disable=None, leave=False)
-                if processor.length(r, teaching.hint(r, config.privilege))
-                <= config.max_prompt_tokens]
+    record_files.check_pictures(sum(out.values(), []), config.check)
+    for kind, (path, _, told) in files.items():
+        kept = [r for r in tqdm(out[kind], f"{kind} prompts", disable=None, leave=False)
+                if longest_prompt(r, told, processor) <= config.max_prompt_tokens]
         if not kept:
             raise ValueError(f"{path}: no prompt fits in --max-prompt-tokens "
                              f"{config.max_prompt_tokens}; lower --max-pixels or raise the limit")
-        print(f"{len(kept)} {kind} records from {path}, {len(out[n]) - len(kept)} left out as "
+        print(f"{len(kept)} {kind} records from {path}, {len(out[kind]) - len(kept)} left out as "
               f"longer than {config.max_prompt_tokens} tokens")
-        out[n] = kept
-    return tuple(out)
+        out[kind] = kept
+    if config.dev_data == "test" and config.eval_every:
+        print("no dev records (--dev-data): evaluations inside the run, and the choice of the best "
+              "student, use the test records")
+    return out["training"], out["test"], out.get("dev", out["test"])
+
+
+def longest_prompt(record: dict, privilege: str, processor) -> int:
+    """Tokens of the student's prompt or the teacher's: a hint makes it longer, a view may not."""
+    seen = teaching.seen(record, privilege)
+    told = processor.length(seen, teaching.hint(record, privilege))
+    return told if seen is record else max(told, processor.length(record))
 
 
 def check_memory(config) -> None:
@@ -289,12 +318,21 @@ def out_of_memory(config, folder) -> str:
             f"--resume {folder} --sample-batch {rows} --micro-batch-tokens {tokens}")
 
 
-def halve(config, student) -> None:
-    """Half the rows and half the micro-batch from now on; forget what the failed step left."""
+def halved_if_too_large(take, config, student, scale):
+    """take(), a step. Out of memory, rows and micro-batches are halved for good, once, and it is
+    taken again: it draws the same tokens, however it is cut."""
+    try:
+        return take()
+    except torch.OutOfMemoryError:
+        if sharding.world > 1 or scale.halved:
+            raise
+    # what the failed step holds is freed only behind that block
+    scale.halved = True
     config.sample_batch = max(1, config.sample_batch // 2)
     config.micro_batch_tokens = max(1, config.micro_batch_tokens // 2)
     print(f"\nout of memory: going on with --sample-batch {config.sample_batch} "
           f"--micro-batch-tokens {config.micro_batch_tokens}", flush=True)
     student.zero_grad(set_to_none=True)
+    return take()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -26,7 +26,8 @@ Choices a reader may wonder about:
    device (tests/simulated_cuda.py). This changes last digits: in bf16 the class rounds before and
    after the gain, F.rms_norm once. The prefill and a CPU keep the class's own, bit for bit.
 Measured in tests/speed/README.md, beside `generate` and a loop on the class's own cache.
-Left out: a cache in pages, CUDA graphs, caches that slide or quantise (they are refused by name).
+Left out: a cache in pages; caches that slide or quantise (refused by name); CUDA graphs, which are
+in graphs.py.
 """
 from __future__ import annotations
 
@@ -67,6 +68,7 @@ class FastDecoder(PlainDecoder):
         self.tokens = []           # of each row that runs: how many columns are its own, the last
         self.mask = None           # (R, 1, 1, >= C), see decode_mask
         self.norms = []            # those that a step runs in one kernel; see choice 3
+        self.new_cache = KVCache
 
     def read(self, batch, K: int):
         """Prefill B prompts and put K rows of each behind those that run. Returns (B K, V)."""
@@ -76,7 +78,7 @@ class FastDecoder(PlainDecoder):
         if not {type(layer).__name__ for layer in getattr(found, "layers", [])} == {"DynamicLayer"}:
             raise ValueError(f"FastDecoder cannot take over a {type(found).__name__} whose layers "
                              "are not all DynamicLayer: sample with rollout.PlainDecoder")
-        self.cache = self.cache or KVCache(len(found.layers))
+        self.cache = self.cache or self.new_cache(len(found.layers))
         self.cache.join(found.layers, K, R)
         self.position = torch.cat([self.position, position]) if R else position
         self.tokens += mask.sum(dim=1).tolist()
@@ -109,7 +111,8 @@ class FastDecoder(PlainDecoder):
         blank = self.cache.get_seq_length() - max(self.tokens)
         if blank >= ROOM:
             self.cache.drop(blank, len(order))
-            self.mask = self.mask[..., blank:]
+            self.mask = decode_mask(self.model, self.tokens, self.cache.get_seq_length(),
+                                    index.device)
         return order
 
 
@@ -125,7 +128,7 @@ def fill_gaps(rows: list[int]) -> list[int]:
 
 
 def decode_mask(model, tokens: list[int], columns: int, device):
-    """(R, 1, 1, columns + ROOM): which columns each row may look at, as the attention wants it.
+    """(R, 1, 1, >= columns + ROOM): which columns each row may look at, as the attention wants it.
 
     tokens: how many of the cache's columns, the last ones, are a row's own. None where nothing is
     padded: then attention has its fastest kernels.
@@ -136,7 +139,9 @@ def decode_mask(model, tokens: list[int], columns: int, device):
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     own = torch.tensor(tokens, device=device)[:, None]
-    mask = torch.arange(columns + ROOM, device=device) >= columns - own
+    # an attention kernel copies a mask whose rows do not begin at multiples of 8
+    width = columns + ROOM + -(columns + ROOM) % 8
+    mask = torch.arange(width, device=device) >= columns - own
     if attention not in ("sdpa", "eager"):
         return mask.long()                          # flash attention wants the plain one
     if min(tokens) == columns:

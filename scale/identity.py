@@ -36,10 +36,14 @@ BLOCK = 1 << 20
 # What --resume takes: limits, what changes memory and not the result, and data that were moved.
 LIMITS = {"steps", "max_hours", "max_tokens"}
 MEMORY = {"sample_batch", "micro_batch_tokens", "gradient_checkpointing", "offload_teacher",
-          "offload_optimizer", "gpu_memory", "device", "threads", "check"}
+          "offload_optimizer", "graph_decoding", "gpu_memory", "device", "threads", "check"}
 SOURCES = {"data": "the training records", "eval_data": "the test records",
-           "student": "the start checkpoint", "teacher": "the teacher"}
-MOVABLE = {"data", "eval_data"}
+           "dev_data": "the dev records", "student": "the start checkpoint",
+           "teacher": "the teacher"}
+MOVABLE = {"data", "eval_data", "dev_data"}
+# What a setting meant before it had a name: for runs that were begun then.
+OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
+NO_PATH = ("", "self", "ema", "test")          # what stands in these settings beside paths
 
 
 # ---------------------------------------------------------------------------- one owner
@@ -142,7 +146,8 @@ def check_sources(folder: Path, config) -> dict:
         return {}
     path = folder / "args.json"
     saved = checkpoint.read_json(path).get("digests", {}) if path.exists() else {}
-    now = {name: file_digest(getattr(config, name)) for name in ("data", "eval_data")}
+    paths = {name: getattr(config, name) for name in ("data", "eval_data", "dev_data")}
+    now = {name: path if path in NO_PATH else file_digest(path) for name, path in paths.items()}
     check_same(folder, config, saved, now)              # before an hour of fetching weights
     now["student"] = checkpoint_digest(qwen.find_folder(config.student))
     now["teacher"] = (config.teacher if config.teacher in ("self", "ema") else
@@ -185,15 +190,16 @@ def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
     for name in sorted(typed.keys() & MOVABLE - digests.keys()):
         raise ValueError(f"{path} has no digest to compare the {name} with, as a run of an older "
                          "version: put the records back to where they were")
-    if "data" in typed and "eval_data" not in typed and not os.path.exists(
-            own.get("eval_data", "")):
-        own["eval_data"] = ""                # moved too: looked for beside the training records
-    return {**own, **typed}
+    for name in ("eval_data", "dev_data"):
+        path = own.get(name, "test")
+        if "data" in typed and name not in typed and path != "test" and not os.path.exists(path):
+            own[name] = ""                   # moved too: looked for beside the training records
+    return {**OLDER, **own, **typed}
 
 
 def make_absolute(config) -> None:
     """Paths as they are from any folder, so that a run can be resumed from another one."""
     for name in SOURCES:
         value = getattr(config, name)
-        if value not in ("", "self", "ema") and os.path.exists(value):
+        if value not in NO_PATH and os.path.exists(value):
             setattr(config, name, os.path.abspath(value))

@@ -199,23 +199,26 @@ def save_state(folder: Path, step: int, optimizer, teacher, config, fatal: bool)
             checkpoint.save_state(folder / "state", step, tensors)
 
 
-def write_result(folder: Path, config, models: dict, save, seconds: float, student) -> list[str]:
+def write_result(folder: Path, config, models: dict, last: dict, save, seconds: float,
+                 student) -> list[str]:
     """Write result.json; add the accuracy to the last line of metrics.jsonl. Returns what to print.
 
-    models: the summaries of base, teacher and student. save(folder, notes): writes the student.
+    models: the summaries of base, teacher and student on the test records. last: the student's on
+    the records that choose the best one. save(folder, notes): writes the student.
     """
     metrics, after = checkpoint.read_jsonl(folder / "metrics.jsonl"), models["student"]
-    metrics[-1]["accuracy"] = after["accuracy"]
+    metrics[-1]["accuracy"] = last["accuracy"]
+    split = "test" if config.dev_data == "test" else "dev"
     checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
     evaluated = [m for m in metrics if "accuracy" in m]
     best = max(evaluated, key=lambda m: m["accuracy"])
     if config.keep:
-        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], after), save)
+        best = checkpoint.keep_best(folder, evaluation(metrics[-1]["step"], last), save)
     out = {f"{name}_{key}": value for name, summary in models.items()
            for key, value in summary.items() if key != "n"} | {
         "n": after["n"], "seconds": round(seconds, 1), "steps": len(metrics),
         "tokens": sum(m.get("tokens", 0) for m in metrics),
-        "best": {"step": best["step"], "accuracy": best["accuracy"],
+        "best": {"step": best["step"], "accuracy": best["accuracy"], "split": split,
                  "folder": "best" if config.keep else None},
         "hint_rows": sum(m["hint_rows"] for m in metrics),
         "rollouts": config.batch_size * config.samples_per_prompt * len(metrics),
@@ -225,8 +228,8 @@ def write_result(folder: Path, config, models: dict, save, seconds: float, stude
     limit, path = spent(metrics, config), folder / "checkpoint"
     ended = f"ended by {limit} after step {len(metrics)} of {config.steps}; raise it to go on"
     return [*([ended] if limit and len(metrics) < config.steps else []),
-            f"best of {len(evaluated)} evaluations: step {best['step']}, accuracy "
-            f"{100 * best['accuracy']:.1f} %"
+            f"best of {len(evaluated)} evaluations on the {split} records: step {best['step']}, "
+            f"accuracy {100 * best['accuracy']:.1f} %"
             + (f", kept in {folder / 'best'}" if config.keep else ""),
             f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
             f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",

@@ -16,18 +16,24 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import dataclass, field
 
 import torch
 
 
+@dataclass
 class Sums:
     """Sums over micro-batches, so that a step reports all of its tokens and not the last ones."""
-
-    def __init__(self):
-        self.loss = self.entropy = self.front = self.back = 0.0
-        self.front_tokens = self.back_tokens = 0
-        self.gradient_norm, self.seconds, self.start = 0.0, {}, time.perf_counter()
-        self.extra = {}         # what else a method measures: name -> this process's share of it
+    loss: float = 0.0
+    entropy: float = 0.0
+    front: float = 0.0                  # of the gap, over the first half of every response
+    back: float = 0.0
+    front_tokens: int = 0
+    back_tokens: int = 0
+    gradient_norm: float = 0.0
+    seconds: dict = field(default_factory=dict)                 # name of a part -> its time
+    start: float = field(default_factory=time.perf_counter)     # of the part that is running
+    extra: dict = field(default_factory=dict)       # another method's: name -> this process's share
 
     def lap(self, name: str) -> None:
         """Note the seconds since the last lap."""

@@ -23,7 +23,8 @@ Use it alone: imports nothing but the standard library (a hub name that is not i
 huggingface_hub for config.json).
 
 What it assumes (limits, not averages)
-1) Prompts and answers are as long as the settings allow, and pictures fill the prompts.
+1) Prompts and answers are as long as the settings allow, and pictures fill the prompts. So
+   a hint changes nothing; with --privilege view the pictures that wait count twice.
 2) A micro-batch is full: of rows with short answers for the pictures, of long ones for the rest.
 3) On a GPU: ALLOWANCE for the CUDA context, and SLACK for the gaps an allocator leaves. These two
    are assumptions; the rest was compared with measured peaks on a CPU (tests/speed/memory.py).
@@ -259,6 +260,7 @@ class Run:
     train: str = "all"
     lora_rank: int = 16
     teacher: str = "self"
+    privilege: str = "cue"
     dtype: str = "bfloat16"
     device: str = "cuda"
     attention: str = "sdpa"
@@ -280,6 +282,10 @@ class Run:
     def reads_once(self) -> bool:
         """vision.py: both towers are one frozen tower, which reads each picture before the step."""
         return self.train != "all" and self.teacher == "self" and self.gpus == 1
+
+    def views(self) -> int:
+        """Pictures that wait for each one that the student sees: its own, and its teacher's."""
+        return 2 if self.privilege.startswith("view") else 1
 
     def frozen(self) -> bool:
         """No weight of the backbone learns."""
@@ -318,13 +324,14 @@ def plan(run: Run, student: dict, teacher: dict | None = None, most: int = 16_77
     """A run's memory. student, teacher: config.json (None: the student's own); most: pixels."""
     size = sizes(run, student, teacher or student, most)
     peaks = {phase.__name__: phase(run, size) for phase in (evaluate, sample, teach, learn, update)}
-    host = {"pictures of the batch": size.prompts * max(size.pixels, size.handed)}
+    waiting = run.views() * size.prompts
+    host = {"pictures of the batch": waiting * max(size.pixels, size.handed)}
     if run.offload_optimizer:
         host["optimizer"] = size.optimizer + size.exact_gradients
     if run.offload_teacher and not run.shares():      # and its hidden states, until they are needed
         host["teacher"] = size.teacher + size.responses * run.max_new_tokens * size.t.D * size.tb
     if run.device == "cpu":                           # one memory for all
-        rest = sum(host.values()) - host["pictures of the batch"] + size.prompts * size.handed
+        rest = sum(host.values()) - host["pictures of the batch"] + waiting * size.handed
         peaks = {k: v + rest for k, v in peaks.items()}
     else:
         peaks = {k: v * (1 + SLACK) + ALLOWANCE for k, v in peaks.items()}
@@ -589,7 +596,8 @@ def report(config) -> str:
     lines += [f"teacher {config.teacher}: shape from {there}"] if there else []
     lines += [f"train {run.train}, teacher {run.teacher}, {run.dtype}, attention {run.attention}, "
               f"{run.gpus} x {run.device}, prompts of at most {run.max_prompt_tokens} tokens "
-              f"({run.visual(m, most)} visual), answers of {run.max_new_tokens}", ""]
+              f"({run.visual(m, most)} visual), answers of {run.max_new_tokens}",
+              *(["pictures count twice: the teacher has its own"] if run.views() > 1 else []), ""]
     lines += [f"  {name:18} {n / 1e6:10,.1f} M parameters" for name, n in made.parameters.items()]
     lines += ["", f"  {'on each ' + run.device:34} {'GB':>8}"]
     lines += [f"  {name:34} {size / GB:8.2f}" for name, size in made.parts.items()]

@@ -264,13 +264,16 @@ def even_out(processor, groups: list[list[int]], prompts, hinted, responses) -> 
     A blank row is a prompt without a response, so that it has a part in no sum. It is appended to
     the lists, whose rows keep their numbers.
     """
-    kinds = [{kind for row in rows for kind, found in (("picture", prompts[row].grids),
-                                                       ("video", prompts[row].video_grids))
-              if found} for rows in groups]
-    everyone = gather(kinds)
+    def kinds(side) -> list[set]:
+        return [{kind for row in rows for kind, found in (("picture", side[row].grids),
+                                                          ("video", side[row].video_grids))
+                 if found} for rows in groups]
+
+    asked, taught = kinds(prompts), kinds(hinted)        # with a view their pictures are others
+    everyone = gather([a | b for a, b in zip(asked, taught)])
     out = []
     for i in range(max(map(len, everyone))):
-        mine = kinds[i] if i < len(kinds) else set()
+        mine = asked[i] & taught[i] if i < len(groups) else set()
         wanted = set().union(*(theirs[i] for theirs in everyone if i < len(theirs)))
         rows = list(groups[i]) if i < len(groups) else []
         for kind in sorted(wanted - mine) or ([] if rows else ["text"]):

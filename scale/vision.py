@@ -4,7 +4,7 @@ The idea.  A training step reads each picture three times: the student to sample
 score, the student to learn. If the tower is frozen, and the teacher has the same one, its output is
 the same three times. And pictures do not see each other in the tower: attention stays inside a
 frame. So its output can take the place of the pixels *in the prompt*, and later code
-(batches, hints) need not know:
+(batches, hints, a teacher with pictures of its own) need not know:
 
     prompt.pixels   (patches, 3 * temporal * P * P)      before: the tower's input
                     (visual tokens, (1 + K) * D)         after:  its output, side by side

@@ -17,9 +17,11 @@ ALONE = {
     "cue_recovery.py": "Block(8, 2, 1e-6)(torch.ones(1, 3, 8), torch.tensor([0]), "
                        "torch.tensor([[True]]), 1, 2)",
     "teacher.py": "hint({'cue': 'a red circle'}, 'cue')",
-    "rollout.py": "append_response({'input_ids': torch.ones(1, 2).long(), 'attention_mask': "
-                  "torch.ones(1, 2).long(), 'position_ids': torch.zeros(3, 1, 2).long()}, "
-                  "torch.ones(1, 1).long(), torch.ones(1).long())",
+    "rollout.py": "sample(type('Model', (torch.nn.Module,), {'forward': lambda self, **inputs: "
+                  "SimpleNamespace(logits=torch.ones(1, 1, 4), past_key_values=SimpleNamespace("
+                  "batch_select_indices=print))})(), {'input_ids': torch.ones(1, 2).long(), "
+                  "'attention_mask': torch.ones(1, 2).long(), 'position_ids': torch.zeros(3, 1, 2)"
+                  ".long()}, max_new_tokens=1, stop_ids=[0])",
     "loss.py": "distill_loss(*[torch.ones(2, 4)] * 4)",
     "scale/optimizer.py": "Optimizer([('w', torch.nn.Parameter(torch.ones(2)))], lr=1, cue_lr=1, "
                           "warmup=1, steps=1, final=1, clip=1).step(0)",

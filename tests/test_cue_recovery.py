@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import model as qwen
 import rollout
+from conftest import append_response
 from cue_recovery import Block, attach, load, read_settings
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -278,7 +279,7 @@ def test_the_last_sink_is_the_prompts_end_and_not_the_sequences(last, ragged):
     batch = processor.batch(ragged)
     length = batch["input_ids"].shape[1]
     out = rollout.sample(model, batch, max_new_tokens=6, temperature=0, stop_ids=())
-    both = rollout.append_response(batch, out.ids, out.lengths)
+    both = append_response(batch, out.ids, out.lengths)
     with cue.prompt(length), torch.no_grad():
         logits = model(**both, use_cache=False).logits[:, length - 1:-1]
     found = logits.log_softmax(-1).gather(2, out.ids[..., None])[..., 0]
@@ -386,7 +387,7 @@ def test_cached_is_uncached(loaded, awake, batch):
     model, processor, _ = awake
     banned = processor.banned_ids
     out = rollout.sample(model, batch, max_new_tokens=8, stop_ids=[-1], banned_ids=banned)
-    whole = rollout.append_response(batch, out.ids, out.lengths)
+    whole = append_response(batch, out.ids, out.lengths)
     for scorer, same in ((model, True), (loaded[0], False)):
         logits = logits_of(scorer, {**whole, "use_cache": False})[:, -9:-1]
         logits[:, :, banned] = float("-inf")

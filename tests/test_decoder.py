@@ -1,5 +1,5 @@
-"""scale/decoder.py: it draws what the plain decoder and a loop without cache draw, whatever rows
-come, leave and wait.
+"""scale/decoder.py and graphs.py: they draw what the plain decoder and a loop without cache draw,
+whatever rows come, leave and wait.
 """
 import copy
 import doctest
@@ -11,11 +11,15 @@ import pytest
 import torch
 import transformers
 
+import cue_recovery
 import model as qwen
 from rollout import PlainDecoder, sample
-from scale import decoder
+from scale import decoder, lora
 from scale.decoder import FastDecoder, without_flash
+from scale.graphs import GraphDecoder
 from simulated_cuda import CUDA, simulated_cuda, to_device
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from test_rollout import Fake, countdown, cut, one_token_prompts, responses, scored, textbook
 from test_rollout import batch, wild  # noqa: F401, fixtures
 
@@ -24,9 +28,11 @@ from test_rollout import batch, wild  # noqa: F401, fixtures
 # ones depends on the CPU: a few such units.
 ULP = 8 * torch.finfo(torch.float32).eps
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "plain mask"])
+@pytest.mark.parametrize("attention, way", [("plain mask", FastDecoder), *(
+    (attention, way) for attention in ("sdpa", "eager") for way in (FastDecoder, GraphDecoder))])
 @pytest.mark.parametrize("padded", [True, False])
-def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, padded, monkeypatch):
+def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, way, padded,
+                                            monkeypatch):
     """Buffers that must grow every two tokens, also after a row has left, and each form of the
     mask: additive, boolean, left out because nothing is padded, and prepared anew by the model."""
     model = copy.deepcopy(wild)
@@ -39,15 +45,17 @@ def test_own_cache_and_mask_change_no_token(loaded, wild, ragged, attention, pad
     batch = loaded[1].batch(ragged if padded else [ragged[0]] * 4)
     free = textbook(wild, batch, 12, seed=8)
     stop = {int(free[1, 2]), int(free[0, 7])}
-    out = sample(model, batch, max_new_tokens=12, stop_ids=stop, decoder=FastDecoder,
+    out = sample(model, batch, max_new_tokens=12, stop_ids=stop, decoder=way,
                  generator=torch.Generator().manual_seed(8))
     assert responses(out) == cut(free, stop)
     assert len(set(out.lengths.tolist())) > 1, "rows should leave at different steps"
     torch.testing.assert_close(scored(wild, batch, out), out.logprobs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("K, attention", [(1, "eager"), (1, "sdpa"), (2, "sdpa")])
-def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, monkeypatch):
+@pytest.mark.parametrize("K, attention, way", [
+    (1, "eager", FastDecoder), (1, "sdpa", FastDecoder), (2, "sdpa", FastDecoder),
+    (1, "eager", GraphDecoder), (2, "sdpa", GraphDecoder)])
+def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, way, monkeypatch):
     """Twelve prompts, some without a picture, through three places: each takes a place that was
     left, in a cache of other lengths, and is answered as when all are read together, with either
     decoder. The cache is never wider than its longest row, though rows come and go for longer than
@@ -65,13 +73,13 @@ def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, mon
     whole = sample(model, loaded[1].batch(prompts), **settings)
     read, calls = loaded[1].in_turn(prompts), []
     in_turn = sample(model, read(3), more=read, **settings)
-    together = sample(model, loaded[1].batch(prompts), decoder=FastDecoder, **settings)
+    together = sample(model, loaded[1].batch(prompts), decoder=way, **settings)
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append((
         *kwargs["input_ids"].shape, next((kwargs[k].get_seq_length() for k in
                                           ("cache", "past_key_values") if k in kwargs), 0))),
         with_kwargs=True)
     read = loaded[1].in_turn(prompts)
-    out = sample(model, read(3), more=read, decoder=FastDecoder, **settings)
+    out = sample(model, read(3), more=read, decoder=way, **settings)
     for other in (in_turn, together, out):
         assert responses(other) == responses(whole)
         assert other.stopped.tolist() == whole.stopped.tolist()
@@ -90,7 +98,7 @@ def test_waiting_prompts_change_no_token(loaded, wild, ragged, K, attention, mon
 @pytest.mark.parametrize("settings", [
     dict(temperature=0), dict(), dict(top_k=5, presence_penalty=0.5), dict(top_p=0.9),
     dict(samples_per_prompt=3, repetition_penalty=1.3)], ids=str)
-def test_both_decoders_draw_the_same_tokens(wild, batch, attention, settings, monkeypatch):
+def test_all_decoders_draw_the_same_tokens(wild, batch, attention, settings, monkeypatch):
     monkeypatch.setattr(decoder, "ROOM", 4)
     model, K = copy.deepcopy(wild), settings.get("samples_per_prompt", 1)
     model.set_attn_implementation(attention)
@@ -99,11 +107,87 @@ def test_both_decoders_draw_the_same_tokens(wild, batch, attention, settings, mo
     settings = dict(max_new_tokens=12, uniforms=uniforms, **settings)
     free = sample(model, batch, stop_ids=(), **settings).ids
     settings["stop_ids"] = {int(free[0, 3]), int(free[-1, 7])}
-    plain, fast = (sample(model, batch, decoder=way, **settings)
-                   for way in (PlainDecoder, FastDecoder))
-    assert fast.ids.tolist() == plain.ids.tolist() and len(set(fast.lengths.tolist())) > 1
-    assert fast.stopped.tolist() == plain.stopped.tolist()
-    torch.testing.assert_close(fast.logprobs, plain.logprobs, atol=16 * ULP, rtol=0)
+    plain = sample(model, batch, decoder=PlainDecoder, **settings)
+    assert len(set(plain.lengths.tolist())) > 1
+    for way in (FastDecoder, GraphDecoder):
+        fast = sample(model, batch, decoder=way, **settings)
+        assert fast.ids.tolist() == plain.ids.tolist()
+        assert fast.stopped.tolist() == plain.stopped.tolist()
+        torch.testing.assert_close(fast.logprobs, plain.logprobs, atol=16 * ULP, rtol=0)
+
+
+# ---------------------------------------------------------------------------- recorded steps
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph for a CPU: it keeps the operations with their arguments, and replay() runs them
+    again on the same tensors. Python has no part in it, so a number it once gave stays."""
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        def tensors(tree):
+            return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        for func, args, kwargs, out in self.calls:
+            given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+            for old, new in zip(tensors(out), tensors(func(*args, **kwargs))):
+                if old.untyped_storage()._cdata not in given:         # no view, and not in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """GraphDecoder records with Recording. A list that grows by the rows of each recording."""
+    made = []
+
+    def record(self):
+        self.run()                                                # as on a GPU: to warm up
+        with Recording() as recording:
+            logits = self.run()
+        made.append(len(logits))
+        return lambda: recording.replay() or logits
+    monkeypatch.setattr(GraphDecoder, "record", record)
+    return made
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_a_recorded_step_is_every_step(loaded, wild, ragged, recordings, K, monkeypatch):
+    """Replays give the tokens of PlainDecoder with module and adapters, while rows leave, prompts
+    join and buffers grow; and they are many more than the recordings."""
+    monkeypatch.setattr(decoder, "ROOM", 8)
+    model, prompts = copy.deepcopy(wild), [ragged[i] for i in (1, 0, 2, 3) * 2]
+    for part in (cue_recovery.attach(model, every=2), lora.attach(model, rank=2)):
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    uniforms = torch.rand(8 * K, 40, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(2))
+    settings = dict(max_new_tokens=40, samples_per_prompt=K, uniforms=uniforms)
+    free = sample(model, loaded[1].batch(prompts), stop_ids=(), **settings).ids
+    settings["stop_ids"] = {int(free[row, t]) for row, t in ((0, 30), (1, 17), (5, 36))}
+    plain = sample(model, loaded[1].batch(prompts), **settings)
+    read, steps = loaded[1].in_turn(prompts), []
+    step = GraphDecoder.step
+    monkeypatch.setattr(GraphDecoder, "step", lambda self, tokens: steps.append(
+        (len(tokens), len(self.given))) or step(self, tokens))
+    out = sample(model, read(4), more=read, decoder=GraphDecoder, **settings)
+    assert responses(out) == responses(plain)
+    # a random module makes large states: FastDecoder is 4e-5 from PlainDecoder here
+    torch.testing.assert_close(out.logprobs, plain.logprobs, atol=1e-3, rtol=0)
+    assert len(set(out.lengths.tolist())) > 2
+    assert 3 < len(recordings) < len(steps) / 3 and len(set(recordings)) > 1
+    assert any(rows < recorded for rows, recorded in steps), "some rows should have been idle"
+    assert all(recorded < 2 * rows for rows, recorded in steps), "never half of them"
+
+
+def test_mixtures_of_experts_are_not_recorded():
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_experts=8))
+    with pytest.raises(ValueError, match="mixture of experts: use FastDecoder"):
+        GraphDecoder(SimpleNamespace(config=config))
 
 
 # ---------------------------------------------------------------------------- on a simulated GPU
@@ -171,6 +255,34 @@ def test_sampling_with_a_generator_on_a_gpu(loaded, deep, ragged, way, temperatu
     assert waits == {1} or way is PlainDecoder
 
 
+def test_a_replay_on_a_gpu_is_given_all_it_needs_in_few_kernels(loaded, deep, ragged, monkeypatch):
+    """All tensors of the recorded step are on the device, and the host waits for none of them; what
+    is launched beside the replay are the inputs, the copy of the logits, and the draw."""
+    read = loaded[1].in_turn([ragged[i] for i in (1, 0, 2, 3)])
+    uniforms = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    settings = dict(max_new_tokens=8, uniforms=uniforms, stop_ids=range(80))
+    expected = sample(deep, read(2), more=read, **settings)
+    recorded, run = [], GraphDecoder.run
+    monkeypatch.setattr(GraphDecoder, "record", lambda self: self.run)
+    with simulated_cuda() as device:
+        def counting(self):
+            before = device.kernels, device.waits
+            logits = run(self)
+            recorded.append((device.kernels - before[0], device.waits - before[1]))
+            return logits
+        monkeypatch.setattr(GraphDecoder, "run", counting)
+        model, read = to_device(copy.deepcopy(deep)), loaded[1].in_turn(
+            [ragged[i] for i in (1, 0, 2, 3)], CUDA)
+        with counted(model, device) as calls:
+            out = sample(model, read(2), more=read, decoder=GraphDecoder, **settings)
+        assert out.ids.tolist() == expected.ids.tolist()
+        assert out.lengths.tolist() == expected.lengths.tolist()
+    assert {waits for _, waits in recorded} == {0}
+    pairs = [(a, b) for a, b in zip(calls, calls[1:]) if a[1] == b[1] == 1 and a[0] == b[0]]
+    beside = [b[2] - a[2] - recorded[0][0] for a, b in pairs]
+    assert {b[3] - a[3] for a, b in pairs} == {1} and min(beside) < 40, beside
+
+
 def test_the_simulated_gpu_sees_what_a_gpu_would_refuse_or_wait_for():
     with simulated_cuda() as device:
         x, cpu = torch.arange(6.0, device=CUDA), torch.arange(6.0)
@@ -218,6 +330,19 @@ def test_norms_are_put_back_after_an_error(deep):
     cpu = FastDecoder(deep)
     cpu.read({"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2).long()}, 1)
     assert cpu.norms == [], "a CPU keeps the class's own arithmetic"
+
+
+def test_the_mask_begins_where_an_attention_kernel_may_read_it(deep, monkeypatch):
+    """The memory-efficient one pads a mask whose strides are no multiples of 8, and refuses one
+    that does not begin at such an address. Behind dropped blanks it began anywhere."""
+    monkeypatch.setattr(decoder, "ROOM", 8)
+    mask = (torch.arange(12) >= 12 - torch.tensor([12, 3, 2])[:, None]).long()
+    fast = FastDecoder(deep)
+    with torch.no_grad():
+        fast.read({"input_ids": 5 + mask, "attention_mask": mask}, 1)
+    assert fast.keep([1, 2]) == [2, 1] and fast.cache.get_seq_length() == 3
+    assert fast.mask[:, 0, 0, :3].tolist() == [[False, True, True], [True, True, True]]
+    assert fast.mask.storage_offset() == 0 and fast.mask.stride(0) % 8 == 0
 
 
 # ---------------------------------------------------------------------------- refused

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import model as qwen
 import teacher as teaching
 from analysis import compare, report
 from conftest import ROOT
+from data import toy
 from rollout import sample
 
 
@@ -285,6 +287,68 @@ def test_wrong_input_gets_one_line(argv, message, tmp_path, monkeypatch, toy_fol
     assert message in text and "\n" not in text
 
 
+def test_a_teacher_with_a_view_reads_its_own_pictures(tiny, records):
+    """Student and teacher are one model, so only the other pictures make a loss: those of the next
+    record. With the frozen tower, which reads each picture once, it is the same loss."""
+    other = [{**r, "teacher_images": of["images"]} for r, of in zip(records, records[1:])]
+    same = [{**r, "teacher_images": r["images"]} for r in records[:6]]
+    assert abs(one_step(tiny, same, privilege="view")[0]["loss"]) < 1e-5
+    _, processor = tiny
+    prompts, hinted = distill.read_prompts(processor, other[:6], "view+cue")
+    for n, (mine, its) in enumerate(zip(prompts, hinted)):
+        assert torch.equal(mine.pixels, processor.prompt(records[n]).pixels)
+        assert torch.equal(its.pixels, processor.prompt(records[n + 1]).pixels)
+        assert "[Hint]: " + records[n]["cue"] in processor.decode(its.ids)
+    seen, _ = one_step(tiny, other, privilege="view")
+    once, _ = one_step(tiny, other, privilege="view", train="language")
+    assert seen["loss"] > 0.05 and once["loss"] == pytest.approx(seen["loss"], rel=1e-5)
+
+
+def test_dev_records_choose_the_best_student(toy_folder, tmp_path, monkeypatch, capsys):
+    """Chosen by the test records, the best of many evaluations is better there than it is."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy_folder, "w")
+    toy.add_dev(tmp_path / "w", count=6)
+    asked, ask = [], distill.evaluate_on
+
+    def evaluate_on(model, processor, test, config, scale, *more, **named):
+        rows, summary = ask(model, processor, test, config, scale, *more, **named)
+        kinds = {record["id"].split("-")[1] for record in test}
+        asked.append((*kinds, len(test)))
+        # a dev accuracy that is never that of the test records
+        return rows, summary if kinds == {"test"} else {**summary, "accuracy": 0.9 - len(asked) / 99}
+    monkeypatch.setattr(distill, "evaluate_on", evaluate_on)
+    distill.main(["--data", "w/train.jsonl", *SMALL, "--name", "d", "--steps", "2", "--keep", "1",
+                  "--eval-every", "1", "--before-limit", "4", "--max-new-tokens", "2"])
+    assert asked == [("test", 4), ("test", 4), ("dev", 6), ("test", 8), ("dev", 6)]
+    said, folder = capsys.readouterr().out, tmp_path / "runs" / "d"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["best"] == {"step": 1, "accuracy": 0.9 - 3 / 99, "split": "dev", "folder": "best"}
+    assert "best of 2 evaluations on the dev records: step 1" in said
+    assert "6 dev records from" in said and "no dev records" not in said
+    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
+    assert [m.get("accuracy") for m in metrics] == [0.9 - 3 / 99, 0.9 - 5 / 99]
+    assert json.loads((folder / "best" / "evaluation.json").read_text())["n"] == 6
+    report.main(["runs/d", "--records", "0"])
+    assert "between the ends on the dev records" in (folder / "report.html").read_text()
+
+
+def test_a_run_with_a_view(tmp_path, monkeypatch, capsys):
+    """Before, during and after; the page of the run; and a record that lacks its view."""
+    monkeypatch.chdir(tmp_path)
+    toy.write("w", 8, 4, views="masked")
+    distill.main(["--data", "w/train.jsonl", "--name", "v", *SMALL, "--steps", "1",
+                  "--privilege", "view"])
+    assert "(privilege: view)" in capsys.readouterr().out
+    report.main(["runs/v", "--records", "2", "--device", "cpu"])
+    assert "other pictures" in (tmp_path / "runs" / "v" / "report.html").read_text()
+    text = (tmp_path / "w" / "train.jsonl").read_text()
+    (tmp_path / "w" / "train.jsonl").write_text(text.replace("teacher_images", "x", 1))
+    monkeypatch.setattr(distill, "build_models", None)
+    with pytest.raises(SystemExit, match="w/train.jsonl:1: .*'teacher_images'"):
+        distill.main(["--data", "w/train.jsonl", "--privilege", "view"])
+
+
 def test_a_record_without_its_privilege_is_refused_before_training(
         toy_folder, tmp_path, monkeypatch):
     """PITFALLS 27: a teacher that falls back to the plain prompt has KL 0 and teaches nothing."""
@@ -349,6 +413,9 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
             "sample_tokens_per_second"} <= metrics[0].keys()
     assert len(checkpoint.read_jsonl(folder / "rollouts.jsonl")) == 4
     assert "| student" in printed and "--model" in printed
+    assert "no dev records (--dev-data): evaluations inside the run" in printed
+    assert "best of 2 evaluations on the test records" in printed
+    assert result["best"]["split"] == "test"
     from transformers import AutoModelForImageTextToText
     AutoModelForImageTextToText.from_pretrained(folder / "checkpoint")
     # evaluate.py gives the same number again, from the checkpoint alone
@@ -365,7 +432,7 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
     ("--teacher", "ema", "--privilege", "answer"),
     ("--teacher", str(qwen.TINY), "--privilege", "rationale", "--loss", "sampled",
      "--train", "language", "--offload-teacher", "--offload-optimizer"),
-    ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing"),
+    ("--no-cue-recovery", "--loss", "jsd", "--gradient-checkpointing", "--graph-decoding"),
     ("--train", "cue", "--loss", "reverse_kl", "--dtype", "bfloat16")])
 def test_other_settings_run(toy_folder, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks import readers, run
-from scale import checkpoint
+from scale import asked, checkpoint
 import evaluate
 import fabricate
 from benchmarks.scores import PAPER_COLUMNS
@@ -177,11 +178,11 @@ def test_a_link_to_a_checkpoint_finds_the_run_it_belongs_to(tmp_path, monkeypatc
     (tmp_path / "link").symlink_to(folder)
     monkeypatch.chdir(folder)
     for path in (folder, tmp_path / "link", Path(".")):
-        own = evaluate.run_settings(path)
+        own = asked.run_settings(path)
         assert own["max_new_tokens"] == 7 and own["min_pixels"] == 0        # an older run's
     (folder.parent / "args.json").write_text("{")
     with pytest.raises(ValueError, match="args.json: not valid JSON"):
-        evaluate.run_settings(folder)
+        asked.run_settings(folder)
 
 
 @pytest.mark.parametrize("main, flags", [
@@ -275,9 +276,50 @@ def test_each_world_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
     drawn = []
     monkeypatch.setattr(toy, "write", lambda folder, *more, **named: drawn.append(
-        (folder.name, *more, named["world"].name)))
+        (folder.name, *more, named["dev"], named["world"].name)))
     assert toy.default() == tmp_path / "toy" and toy.default(large=True) == tmp_path / "toy-large"
-    assert drawn == [("toy", 3000, 512, "toy"), ("toy-large", 7040, 512, "toy-large")]
+    assert drawn == [("toy", 3000, 512, 256, "toy"),
+                     ("toy-large", 7040, 512, 256, "toy-large")]
+
+
+def test_a_world_without_dev_records_gets_them_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+    """Worlds drawn by an older version are on people's disks, some where nobody may write."""
+    monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
+    monkeypatch.setattr(toy, "SMALL", replace(toy.SMALL, records=(6, 4, 8)))
+    toy.write(tmp_path / "toy", 6, 4)
+    old = {path: path.read_bytes() for path in (tmp_path / "toy").rglob("*") if path.is_file()}
+    def forbidden(**folder):
+        raise PermissionError
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.tempfile, "mkdtemp", forbidden)
+        assert not (toy.default() / "dev.jsonl").exists()
+    shutil.copytree(tmp_path / "toy", tmp_path / "killed")
+    toy.default()
+    assert f"drawing {tmp_path / 'toy' / 'dev.jsonl'}" in capsys.readouterr().out
+    dev = Path("images", "dev")                 # a kill left the pictures, and no records yet
+    shutil.copytree(tmp_path / "toy" / dev, tmp_path / "killed" / dev)
+    toy.add_dev(tmp_path / "killed", toy.SMALL, 8)
+    toy.default()
+    assert not capsys.readouterr().out and all(p.read_bytes() == b for p, b in old.items())
+    toy.write(tmp_path / "whole", 6, 4, dev=8)
+    drawn = [{p.relative_to(tmp_path / name): p.read_bytes() for p in
+              (tmp_path / name).rglob("*") if p.is_file()} for name in ("toy", "killed", "whole")]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len(record_files.load(tmp_path / "toy" / "dev.jsonl", ("cue", "rationale"))) == 8
+
+
+@both_worlds
+def test_toy_dev_shares_no_picture_with_train_or_test(tmp_path, world):
+    """It is on test's side of the checksum, and leaves out what test shows: here the very scenes
+    that would have come."""
+    toy.write(tmp_path / "first", 1, 1, world=world, dev=3)
+    taken = toy.objects_in(tmp_path / "first" / "dev.jsonl")
+    toy.write_split(tmp_path, "dev", 3, 0, world, "own", "own", taken)
+    assert not any(things in taken for things in toy.objects_in(tmp_path / "dev.jsonl"))
+    rng, seen = random.Random(4), scenes("test", 50, world)
+    taken = [list(map(str, scene.things)) for scene in seen]
+    made = [toy.make_scene(rng, "test", world, taken) for _ in range(50)]
+    assert {scene.split for scene in made} == {"test"} and not set(made) & set(seen)
 
 
 def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
@@ -287,6 +329,57 @@ def test_toy_is_the_same_for_a_seed_and_another_for_another(tmp_path):
     assert a == b != c
     picture = "images/train/3.png"
     assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
+
+
+def test_controls_change_the_cues_and_nothing_else(tmp_path):
+    """A teacher told another record's cue, or nothing: what is left then is not the cue's doing."""
+    for cues in toy.CUES:
+        toy.write(tmp_path / cues, train=30, test=8, cues=cues)
+    for split in ("train", "test"):
+        own, wrong, empty = (record_files.load(tmp_path / cues / f"{split}.jsonl", ("cue",))
+                             for cues in toy.CUES)
+        assert sorted(r["cue"] for r in own) == sorted(r["cue"] for r in wrong)
+        assert all(a["cue"] != b["cue"] for a, b in zip(own, wrong))
+        assert {r["cue"] for r in empty} == {toy.NOTHING}
+        for rows in (own, wrong, empty):
+            for row in rows:
+                row.pop("cue")
+                row["images"] = Path(row["images"][0]).read_bytes()
+        assert own == wrong == empty
+
+
+@both_worlds
+@pytest.mark.parametrize("views", toy.VIEWS[1:])
+def test_views_are_other_looks_at_the_same_pictures(tmp_path, views, world):
+    toy.write(tmp_path / "own", 3, 2, world=world)
+    toy.write(tmp_path / "other", 3, 2, world=world, views=views)
+    for split in ("train", "test"):
+        own, other = (record_files.load(tmp_path / name / f"{split}.jsonl", needs) for name, needs
+                      in (("own", ()), ("other", ("teacher_images",))))
+        for a, b in zip(own, other):
+            kept, changed = (b["teacher_images"], b["images"]) if views == "blurred" else (
+                b["images"], b["teacher_images"])
+            assert Path(kept[0]).read_bytes() == Path(a["images"][0]).read_bytes()
+            assert a == {name: b[name] for name in a} | {"images": a["images"]}
+            first, second = (Image.open(path[0]).convert("RGB") for path in (kept, changed))
+            scale = 2 if views == "enlarged" else 1
+            assert second.size == (scale * first.width, scale * first.height)
+            assert first.tobytes() != second.tobytes()
+
+
+def test_a_masked_picture_shows_what_the_question_is_about_and_a_marked_one_frames_it():
+    rng = random.Random(3)
+    for scene in scenes("test", 20):
+        picture, question = toy.draw(scene, rng), toy.make_question(scene, rng)
+        about = question.relevant(scene.things)
+        masked, marked = (toy.view(picture, about, kind, toy.CELL) for kind in ("masked", "marked"))
+        for thing in scene.things:
+            middle = ((2 * thing.column - 1) * toy.CELL // 2, (2 * thing.row - 1) * toy.CELL // 2)
+            corner = ((thing.column - 1) * toy.CELL, (thing.row - 1) * toy.CELL)
+            assert marked.getpixel(middle) == picture.getpixel(middle)
+            assert (marked.getpixel(corner) == toy.FRAME) == (thing in about)
+            assert masked.getpixel(middle) == (picture.getpixel(middle) if thing in about
+                                               else toy.PAPER)
 
 
 def test_toy_records_are_records(toy_folder):

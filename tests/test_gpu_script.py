@@ -27,10 +27,13 @@ def test_all_parts_run_and_equal_things_are_equal(gpu, capsys):
     assert len(parts["equality"]) == 2 * len(gpu.BOUNDS) == 12
     for name, check in parts["equality"].items():
         assert check["bound"] is None or 0 <= check["difference"] <= check["bound"], name
-    for part in (parts["graph"], parts["launches"]["kernels"], parts["step"]["measured_gb"],
+    assert parts["graph"]["other answers float32"] == {"difference": 0, "within": True}
+    assert parts["graph"]["2 rows"]["difference"] < 1e-5
+    for part in (parts["launches"]["kernels"], parts["step"]["all"]["measured_gb"],
                  parts["losses"]["whole"]["peak_gb"]):
         assert part == "skipped: no CUDA"
-    assert parts["step"]["length"] == gpu.Bench("cpu", True).T, "a row has stopped early"
+    assert {step["length"] for step in parts["step"].values()} == {
+        4 * gpu.Bench("cpu", True).T}, "a row has stopped early"
 
 
 def test_a_wrong_norm_and_a_failing_part_are_recorded_and_the_rest_runs(gpu, capsys, monkeypatch):

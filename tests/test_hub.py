@@ -30,7 +30,7 @@ import json, sys, time
 time.sleep = lambda seconds: None           # huggingface_hub waits between its tries
 sys.path.insert(0, sys.argv[1])
 import model
-from scale.checks import hub_advice
+from scale.checks import hub_advice, quiet
 
 def ask(label, call):
     try:
@@ -46,7 +46,7 @@ def fetch(name, **more):
             return model.find_folder("org/" + name, **more)
     return call
 
-model.quiet()
+quiet()
 ask("small", fetch("plain", weights=False))
 ask("whole", fetch("plain"))
 ask("again", fetch("plain"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import distill
 import evaluate
 import model as qwen
-from data import records as record_files
+from data import records as record_files, toy
 from scale import checkpoint, identity
 
 SMALL = ["--batch-size", "2", "--sample-batch", "2", "--max-new-tokens", "3", "--eval-limit", "2",
@@ -176,19 +176,43 @@ def test_moved_data_can_be_pointed_at_again_and_from_another_folder(world, monke
     assert len(checkpoint.read_jsonl(Path(run) / "metrics.jsonl")) == 3
 
 
+def test_dev_records_are_the_runs_own(world):
+    """Changed, gone or new since the run began: its choice of the best student goes on by the
+    records that it began with, or not at all."""
+    toy.add_dev(world / "data", count=3)
+    begin("--eval-every", "1")
+    args = json.loads(Path("runs/a/args.json").read_text())
+    assert args["dev_data"] == str(world / "data" / "dev.jsonl") and args["digests"]["dev_data"]
+    old = Path("data/dev.jsonl").read_text()
+    Path("data/dev.jsonl").write_text(old + "\n")
+    assert "the dev records changed" in refused(["--resume", "runs/a", "--steps", "2"])
+    Path("data/dev.jsonl").unlink()
+    assert "no such record file" in refused(["--resume", "runs/a", "--steps", "2"])
+    (world / "data").rename(world / "moved")
+    moved = ["--resume", "runs/a", "--data", "moved/train.jsonl"]
+    assert distill.read_config(moved)[0].dev_data == ""         # looked for beside them
+    assert "the dev records changed: test has the digest test" in refused(moved)
+    args |= {"dev_data": "test", "digests": args["digests"] | {"dev_data": "test"}}
+    checkpoint.write_json(Path("runs/a/args.json"), args)
+    assert distill.read_config(moved)[0].dev_data == "test"
+    Path("moved/dev.jsonl").write_text(old)
+    assert "the dev records changed" in refused([*moved, "--dev-data", "moved/dev.jsonl"])
+
+
 def test_the_run_of_an_older_version_goes_on(world, capsys):
     """Its args.json has no digests, fewer settings and paths as they were typed."""
     begin()
     args = checkpoint.read_run(Path("runs/a"))["args"]
-    for name in ("check", "keep", "max_hours"):
+    for name in ("check", "keep", "max_hours", "dev_data"):
         del args[name]
+    toy.add_dev(world / "data", count=3)               # it has none, and chose by the test records
     args |= {"data": "data/train.jsonl", "eval_data": "data/test.jsonl", "student": "start"}
     checkpoint.write_json(Path("runs/a/args.json"), args)
     said = refused(["--resume", "runs/a", "--data", "data/train.jsonl"], capsys)
     assert "no digest to compare" in said
     distill.main(["--resume", "runs/a", "--steps", "2"])
-    assert json.loads(Path("runs/a/args.json").read_text())["digests"].keys() == (
-        identity.SOURCES.keys())
+    args = json.loads(Path("runs/a/args.json").read_text())
+    assert args["digests"].keys() == identity.SOURCES.keys() and args["dev_data"] == "test"
 
 
 @pytest.mark.parametrize("content, message", [

@@ -121,7 +121,7 @@ from scale import checkpoint  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
-from scale import longrun  # noqa: E402
+from scale import asked, longrun  # noqa: E402
 import model as qwen  # noqa: E402
 from rollout import sample  # noqa: E402
 
@@ -413,12 +413,13 @@ def test_a_run_keeps_what_it_says(whole):
     assert list(accuracy) == [2, 4, 6]
     result = json.loads((whole / "result.json").read_text())
     best = max(accuracy, key=accuracy.get)
-    assert result["best"] == {"step": best, "accuracy": accuracy[best], "folder": "best"}
+    assert result["best"] == {"step": best, "accuracy": accuracy[best], "split": "test",
+                              "folder": "best"}
     assert accuracy[6] == result["student_accuracy"] and result["steps"] == 6
     qwen.load(whole / "best", device="cpu")
     qwen.load(whole / "checkpoints" / "step-000004", device="cpu")
-    own = evaluate.run_settings(whole / "checkpoints" / "step-000004")
-    assert own["max_new_tokens"] == 3 and evaluate.run_settings(whole / "best") == own
+    own = asked.run_settings(whole / "checkpoints" / "step-000004")
+    assert own["max_new_tokens"] == 3 and asked.run_settings(whole / "best") == own
 
 
 # ---------------------------------------------------------------------------- budgets

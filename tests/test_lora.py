@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import cue_recovery
 import model as qwen
 import rollout
+from conftest import append_response
 from scale import checkpoint
 from scale.lora import TARGETS, attach
 
@@ -138,7 +139,7 @@ def test_cached_is_uncached(tiny, batch):
     model, processor = tiny
     awaken(attach(model))
     out = rollout.sample(model, batch, max_new_tokens=6, stop_ids=())
-    whole = rollout.append_response(batch, out.ids, out.lengths)
+    whole = append_response(batch, out.ids, out.lengths)
     scored = logits_of(model, {**whole, "use_cache": False})[:, -7:-1].log_softmax(-1)
     assert torch.allclose(scored.gather(2, out.ids[:, :, None])[:, :, 0], out.logprobs, atol=1e-4)
 

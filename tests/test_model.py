@@ -21,6 +21,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -273,7 +274,7 @@ def test_pitfall_2_teacher_and_student_share_header_and_prefix(processor):
     the first tokens of every answer were scored as a disagreement. Only the hint may differ."""
     record = {"images": [noise(96, 64)], "question": "Which shape is red"}
     student, teacher = processor.prompt(record), processor.prompt(record, "a circle")
-    tail = processor._encode(*[(t, 1) if t.startswith("<") else t for t in TAIL])
+    tail = processor.encode(*[processor.control.get(t, t) for t in TAIL])
     start = len(student.ids) - len(tail)
     assert student.ids[start:] == teacher.ids[-len(tail):] == tail
     assert student.ids[:start] == teacher.ids[:start]
@@ -467,12 +468,12 @@ def test_large_pictures_are_decoded_by_one_thread(processor, monkeypatch, tmp_pa
     """Four pictures of 108 megapixels in four threads took 5.2 GB, and a machine of 64 cores reads
     thirty at a time. Looking for the EXIF of a PNG decodes it, too."""
     Image.new("RGB", (70, 60), "red").save(tmp_path / "a.png")
-    threads, to_rgb, size = set(), qwen.to_rgb, qwen.upright_size
+    threads = set()
 
     def watched(call):
         return lambda image: (threads.add(threading.get_ident()), call(image))[1]
-    monkeypatch.setattr(qwen, "to_rgb", watched(to_rgb))
-    monkeypatch.setattr(qwen, "upright_size", watched(size))
+    monkeypatch.setattr(qwen, "to_rgb", watched(qwen.to_rgb))
+    monkeypatch.setattr(PngImageFile, "getexif", watched(PngImageFile.getexif))
     record = {"id": "1", "images": [str(tmp_path / "a.png")], "question": "q"}
     plain = processor.prompt(record)
     assert threads == {threading.get_ident()}
@@ -792,7 +793,7 @@ def test_quiet_leaves_the_bars_of_downloads():
     from huggingface_hub.utils import are_progress_bars_disabled
     logging = transformers.utils.logging
     try:
-        qwen.quiet()
+        checks.quiet()
         assert not logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     finally:
         logging.enable_progress_bar()
@@ -887,7 +888,7 @@ def test_a_hinted_prompt_can_take_the_pictures_of_the_plain_one(loaded, records,
     for record in (records[0], film(3, fps=1.0), {"id": "t", "images": [], "question": "Why?"}):
         plain, whole = processor.prompt(record), processor.prompt(record, "look")
         with monkeypatch.context() as patch:
-            patch.setattr(qwen, "patchify", None)
+            patch.setattr(qwen.Processor, "_patches", None)
             taken = processor.prompt(record, "look", pictures_from=plain)
         assert (taken.ids, taken.grids, taken.video_grids) == (
             whole.ids, whole.grids, whole.video_grids)

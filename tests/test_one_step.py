@@ -1,6 +1,7 @@
 """docs/one_step.py: the tour runs, what it says is so, and the notebook shows what it does now."""
 import ast
 import base64
+import doctest
 import io
 import json
 import re
@@ -10,11 +11,16 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageStat
 
+from analysis import figures
 from conftest import ROOT
 from data import toy
+from rollout import append_response
+from teacher import hint
 
 sys.path.insert(0, str(ROOT / "docs"))
+import drawings  # noqa: E402
 import make_notebook  # noqa: E402
+import which_tokens  # noqa: E402
 
 CELLS = make_notebook.read_cells(make_notebook.SCRIPT.read_text(encoding="utf-8"))
 CODE = [source for kind, source in CELLS if kind == "code"]
@@ -61,6 +67,23 @@ def test_one_token_matters_and_one_step_changes_it(tour):
     assert greedy.count("blue square at row 3") == 2 and "{5}" in greedy
     torch.testing.assert_close(names["pull"], (names["log_p"].exp() - names["log_q"].exp())[n],
                                atol=1e-4, rtol=1e-3)
+
+
+def test_what_the_tour_says_of_where_the_token_comes_from(tour):
+    """The full stop: this cue alone is against it. Row numbers: seen, and the cue agrees."""
+    names, _ = tour
+    why, n = names["why"], names["worst"]
+    assert why[n, 0] < -5 and (why[n, 1:] > 0.1).all()
+    spoken = [names["name"](token) for token in names["answer"]]
+    rows = [place + 1 for place, word in enumerate(spoken) if word == " row"]
+    assert (why[rows, 0] > 0).all() and (why[rows, 2] < -0.5).all()
+    answers, of_answer = names["answers"], []
+    for asked in (names["hinted"], names["prompt"]):       # the nats of privilege, added up anew
+        batch = append_response(names["processor"].batch([asked]), answers.ids, answers.lengths)
+        with torch.no_grad():
+            log_p = names["teacher"](**batch).logits[0, :-1].log_softmax(-1)[-len(spoken):]
+        of_answer.append(float(log_p.gather(1, answers.ids[0, :, None]).sum()))
+    assert float(why[:, 0].sum()) == pytest.approx(of_answer[0] - of_answer[1], abs=1e-3)
 
 
 def test_the_module_is_nothing_at_first_and_learns(tour):
@@ -129,6 +152,44 @@ def test_the_notebook_shows_what_the_script_draws_now(tour):
 
 def decoded(output) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))
+
+
+# ---------------------------------------------------------------------------- which tokens
+
+def test_tokens_of_each_kind(loaded, records):
+    """Every token has one kind, and a teacher that is told nothing more agrees with all of them."""
+    student, processor = loaded
+    assert doctest.testmod(which_tokens).failed == 0
+    answer = "I see a red square at row 1 column 3, a red circle at row 2 column 1. 1 + 2 = 3. So"
+    kinds = {}
+    for n, word in enumerate(words := re.findall(r"^I| ?[^ ,.]+|[,.]", answer)):
+        kinds.setdefault(which_tokens.kind_of("".join(words[:n])), []).append(word.strip())
+    assert kinds == {
+        "colour": ["red", "red"], "shape": ["square", "circle"], "row number": ["1", "2"],
+        "column number": ["3", "1"], "go on or stop , .": [",", "."],
+        "calculation": ["+", "2", "=", "3", "."], "all other words": kinds["all other words"]}
+    found = [which_tokens.by_kind(student, student, processor, records[:4], hints)
+             for hints in ([None] * 4, [hint(record, "cue") for record in records[:4]])]
+    for kind, nats in found[0].items():
+        assert max(nats) < 1e-4 and len(nats) == len(found[1][kind])
+    assert sum(found[1]["column number"]) > 0.01
+
+
+def test_which_tokens_needs_kept_students_and_the_start_as_teacher(tmp_path):
+    for teacher, kept in (("self", False), ("ema", True)):
+        (tmp_path / "args.json").write_text(json.dumps({"teacher": teacher}))
+        if kept:
+            (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"{kept:d} kept students, teacher {teacher}"):
+            which_tokens.measure(tmp_path, 1)
+
+
+def test_the_table_of_kinds_is_coloured_by_its_numbers():
+    image = drawings.kinds([0, 50], {"a": [1.0, 0.25], "b": [0.0001, 0.0]}).convert("RGB")
+    places = [(510, 100), (image.width - 250, 100), (image.width - 250, 170)]
+    deep, half, none = (image.getpixel(place) for place in places)
+    assert deep == figures.LESS[3] and none == (255, 255, 255)
+    assert half == tuple(round((255 + c) / 2) for c in deep)
 
 
 def test_cells_are_read_by_their_marks():

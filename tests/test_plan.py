@@ -232,6 +232,13 @@ def test_offloaded_weights_are_counted_in_cpu_memory():
     assert made.host["teacher"] > 2 * plan.count(plan.dimensions(B8)).total
 
 
+def test_a_view_is_planned_and_its_pictures_wait_as_well():
+    told, shown = (plan.plan(plan.Run(privilege=name), B2) for name in ("cue", "view+cue"))
+    assert shown.host["pictures of the batch"] == 2 * told.host["pictures of the batch"]
+    assert shown.peaks == told.peaks
+    assert "count twice" in plan.report(distill.Config(student=str(qwen.TINY), privilege="view"))
+
+
 def test_a_backbone_that_is_its_own_teacher_is_held_once():
     shared, copied = (plan.plan(plan.Run(train=train), B2) for train in ("cue", "language"))
     assert shared.parts["teacher's weights"] == 0 < copied.parts["teacher's weights"]

@@ -327,6 +327,15 @@ def test_a_missing_privilege_is_refused_before_training(folder, value):
     assert len(records.load(write(folder, {**GOOD, **told}))) == 2, "nothing is needed by default"
 
 
+@pytest.mark.parametrize("pictures, said", [
+    (None, "needs 'teacher_images'"), ([], "needs 'teacher_images'"), (["no.png"], "no.png")])
+def test_a_missing_view_is_refused_by_file_and_line(folder, pictures, said):
+    path = write(folder, {**GOOD, **({} if pictures is None else {"teacher_images": pictures})})
+    path.write_text(path.read_text().replace(
+        '"first"', f'"first", "teacher_images": {json.dumps(GOOD["images"])}', 1))
+    refused(path, said, needs=("teacher_images",))
+
+
 def test_a_file_without_records_is_refused(folder):
     path = folder / "empty.jsonl"
     for text in ("", "\n \n"):

@@ -19,7 +19,7 @@ import model as qwen
 from analysis import report
 import teacher as teaching
 from data import records as record_files
-from rollout import append_response
+from conftest import append_response
 from test_figures import Outline
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
@@ -109,19 +109,40 @@ def test_logprobs_are_those_of_a_fresh_forward(asked, loaded):
     example = asked.examples[0]
     ids = torch.tensor(processor.encode(example.after.text))
     assert len(ids) == 14 == len(example.after.student)              # cut off: no stop token
-    for model, hint, shown in ((student, None, example.after.student),
-                               (base, example.hint, example.after.teacher)):
-        prompt = processor.prompt(example.record, hint)
+    wrong, blind = asked.examples[1].hint, example.record | {"images": []}
+    assert wrong != example.hint
+    read = example.after.read
+    for model, record, hint, shown in (
+            (student, example.record, None, example.after.student),
+            (base, example.record, example.hint, read["with the hint"]),
+            (base, example.record, wrong, read["with a wrong hint"]),
+            (student, blind, None, read["without the picture"])):
+        prompt = processor.prompt(record, hint)
         both = append_response(processor.batch([prompt]), ids[None], torch.tensor([14]))
         with torch.no_grad():
             logits = model(**both, use_cache=False).logits[0, len(prompt.ids) - 1:-1]
         logprobs = logits.log_softmax(-1)
         assert shown == pytest.approx(logprobs[range(14), ids].tolist(), abs=1e-4)
-    spans = Outline(figures.token_spans(example.after.tokens))
+    spans = Outline(figures.token_spans(example.after.tokens()))
     titles = [attrs["title"] for attrs in spans.all("span")]
-    _, s, t = example.after.tokens[3]
+    _, s, t = example.after.tokens()[3]
     assert titles[3] == f"teacher {t:.2f}, student {s:.2f}, difference {t - s:+.2f}"
     assert "".join(text for _, text in spans.text) == example.after.text
+
+
+def test_an_answer_is_shown_once_for_each_reading(asked):
+    """Its nats of privilege are the sum over its tokens; the table has the three differences."""
+    answer = asked.examples[0].before
+    block = report.answer_block("Before", answer)
+    nats = sum(answer.read["with the hint"]) - sum(answer.student)
+    assert f"with the hint: {nats:+.2f} nats of privilege, {nats / 14:+.3f} a token" in block
+    assert block.count('<p class="answer">') == 3 and block.count("nats of privilege") == 1
+    rows = re.findall(r"<td>([^<]*)</td>" * 4, block)
+    assert len(rows) == 14
+    for row, s, *others in zip(rows, answer.student, *answer.read.values(), strict=True):
+        assert row == (f"{s:.2f}", *(f"{other - s:+.2f}" for other in others))
+    only = report.Answer(["a"], [-1.0], {"with the hint": [-1.0]})       # no picture, no other hint
+    assert report.answer_block("Before", only).count('<p class="answer">') == 1
 
 
 def test_scoring_knows_where_the_prompt_ends_for_a_sink_that_is_last(tiny, records):
@@ -226,7 +247,8 @@ def test_text_from_data_stays_text(asked):
     example = copy.copy(asked.examples[0])
     example.record = example.record | {"question": EVIL, "id": EVIL, "answer": EVIL}
     example.hint = EVIL
-    example.after = report.Answer([EVIL, ""], [-1.0, -2.0], [-3.0, -2.0], maps=example.after.maps)
+    example.after = report.Answer([EVIL, ""], [-1.0, -2.0], {"with the hint": [-3.0, -2.0]},
+                                  maps=example.after.maps)
     run.examples, run.args = [example], asked.args | {"name": EVIL, "data": EVIL, "privilege": EVIL}
     run.command, run.missing = EVIL, {"models": EVIL}
     text = report.page(run)

@@ -330,6 +330,15 @@ def test_micro_batches_are_evened_out(loaded, ragged, monkeypatch):
             assert any(p.video_grids for p in seen) == (i == 2 and rank != 1) or rank == 1
 
 
+def test_a_picture_that_only_the_teacher_sees_is_evened_out(loaded, ragged, monkeypatch):
+    """With a view: else one rank's student would wait in its tower for one that has no picture."""
+    picture, text = ragged[0], ragged[1]
+    monkeypatch.setattr(sharding, "gather", lambda mine: [mine, [set()]])
+    ours, hinted = [text], [picture]
+    assert sharding.even_out(loaded[1], [[0]], ours, hinted, [[7]]) == [[0, 1]]
+    assert ours[1].grids and hinted[1].grids
+
+
 if __name__ == "__main__":      # torchrun; its processes fork from this one
     import torch._dynamo        # noqa: F401  imported by what is sharded, in each process
     import torch.distributed.fsdp

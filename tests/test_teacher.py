@@ -8,9 +8,9 @@ from PIL import ImageOps
 import cue_recovery
 import teacher as teaching
 from scale import offload
-from rollout import append_response
+from conftest import append_response
 from teacher import (PRIVILEGES, at_work, check_same_vocabulary, freeze, frozen_copy, hint,
-                     update_ema)
+                     seen, update_ema)
 
 RECORD = {"id": "r-9", "question": "How many?", "answer": " 2 ", "cue": "Two red circles.",
           "rationale": "One and one is two.\n"}
@@ -34,18 +34,30 @@ def logits(model, batch):
 # ---------------------------------------------------------------------------- the privilege
 
 def test_hint_of_each_privilege():
-    assert {privilege: hint(RECORD, privilege) for privilege in PRIVILEGES} == {
+    told = {privilege: hint(RECORD, privilege) for privilege in PRIVILEGES}
+    assert told.pop("view") is None and told.pop("view+cue") == told["cue"]
+    assert told == {
         "none": None, "answer": "2", "rationale": "One and one is two.", "cue": "Two red circles."}
 
 
-@pytest.mark.parametrize("privilege", ["answer", "rationale", "cue"])
+@pytest.mark.parametrize("privilege", ["answer", "rationale", "cue", "view"])
 @pytest.mark.parametrize("value", ["", " \n", None, "absent"])
 def test_a_record_without_its_privilege_is_an_error(privilege, value):
     """PITFALLS 27. A teacher that fell back to the plain prompt agreed with the student from step
     0: the loss was about zero, and nobody noticed."""
-    record = {k: v for k, v in {**RECORD, privilege: value}.items() if v != "absent"}
-    with pytest.raises(ValueError, match=f"record r-9 has no {privilege}"):
-        hint(record, privilege)
+    name = {"view": "teacher_images"}.get(privilege, privilege)
+    record = {k: v for k, v in {**RECORD, name: value}.items() if v != "absent"}
+    if privilege == "view":
+        record[name] = value and []
+    with pytest.raises(ValueError, match=f"record r-9 has no {name}"):
+        hint(seen(record, privilege), privilege)
+
+
+def test_a_view_replaces_the_pictures_and_nothing_else():
+    record = {**RECORD, "images": ["a.png"], "teacher_images": ["b.png", "c.png"]}
+    for privilege in PRIVILEGES:
+        other = {**record, "images": ["b.png", "c.png"]} if "view" in privilege else record
+        assert seen(record, privilege) == other
 
 
 def test_no_privilege_needs_no_field():

@@ -49,6 +49,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import distill
 import model as qwen
+from scale import checks
 
 BASE = {"batch": 2, "response": 64, "visual": 64, "vocabulary": 9_496}
 SWEEPS = {"batch": [2, 4, 8, 16, 32], "response": [16, 32, 64, 128, 256, 512],
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("--picture", metavar="PATH", help="also draw the curves, as a PNG")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    qwen.quiet()
+    checks.quiet()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if args.case:
         return print(json.dumps(one_case(*json.loads(args.case))))

@@ -11,7 +11,7 @@ Qwen3-VL-2B and random weights, made on the device: nothing is downloaded.
     step        a training step of all weights, of adapters, of the module alone: seconds of each
                 phase; measured peaks beside scale/plan.py's
     launches    of one decoding step: its time, the time its kernels take, and how often it waits
-    graph       the same step as one CUDA graph
+    graph       GraphDecoder: do its answers differ, its step, tokens a second
 
 Run:  python tests/speed/gpu.py                          48 GB by the plan; on a smaller card the
                                                          training step is one of the module alone
@@ -37,6 +37,7 @@ import time
 import traceback
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -51,9 +52,10 @@ import pairs
 import distill
 import model as qwen
 from loss import distill_loss, forward_kl
-from rollout import PlainDecoder, append_response, sample
-from scale import plan
+from rollout import PlainDecoder, sample
+from scale import checks, decoder as decoding, plan
 from scale.decoder import FastDecoder, fused_norm, norms_of
+from scale.graphs import GraphDecoder
 from step_2b import shape
 
 # Dimension letters: R rows, L prompt tokens, T sampled tokens, N tokens, D hidden, V vocabulary.
@@ -147,9 +149,10 @@ def padded_is_alone(bench, model, processor):
 @torch.no_grad()
 def cached_is_uncached(bench, model, processor):
     """Nats between a token's log-probability when sampled and when all are read at once."""
-    batch = bench.batch(processor, 3)
-    out = bench.sample(model, processor, batch)
-    both = append_response(batch, out.ids, out.lengths)
+    prompts = bench.prompts(processor, 3)
+    out = bench.sample(model, processor, processor.batch(prompts, device=bench.device))
+    both = processor.batch([replace(p, ids=p.ids + ids)
+                            for p, ids in zip(prompts, out.ids.tolist())], device=bench.device)
     logits = model(**both, use_cache=False, logits_to_keep=bench.T + 1).logits[:, :-1].float()
     logits[..., processor.sampling["banned_ids"]] = float("-inf")
     scored = logits.log_softmax(-1).gather(2, out.ids[..., None])[..., 0]           # (R, T)
@@ -355,24 +358,60 @@ def launches(bench) -> dict:
             "kernels_ms": sum(row.self_device_time_total for row in found) / 1e3}
 
 
-def graph(bench):
-    """Recorded once and replayed: one launch. It writes one column only, so it is not a decoder."""
-    if not bench.cuda:
-        return SKIPPED
-    step = decoding_step(bench)
-    expected, stream = step().clone(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):             # what is made at first use may not be recorded
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
-        logits = step()
-    recorded.replay()
-    seconds = pairs.alternate({"launched": step, "graph": recorded.replay}, 10)
-    return {**{f"{name}_ms": 1e3 * s for name, s in seconds.items()},
-            "difference": difference(logits, expected)}
+def graph_agrees(bench, dtype) -> int:
+    """Answers that differ between FastDecoder and GraphDecoder, while rows leave, prompts join and
+    buffers grow: all that makes it record anew."""
+    (model, processor), T = bench.make(dtype), bench.T
+    uniforms = torch.rand(8, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def answers(decoder, stop=()):
+        read = processor.in_turn(bench.prompts(processor, 8), bench.device)
+        settings = processor.sampling | {"stop_ids": processor.sampling["stop_ids"].union(stop)}
+        # of 20 words: the ends of 151,936 equal ones are closer to each other than float32 can tell
+        out = sample(model, read(4), more=read, max_new_tokens=T, top_k=20, uniforms=uniforms,
+                     decoder=decoder, **settings)
+        return [ids[:n] for ids, n in zip(out.ids.tolist(), out.lengths.tolist())]
+    free = answers(FastDecoder)
+    stop = {free[0][T // 4], free[2][T // 2], free[5][T - 2]}
+    with patch.object(decoding, "ROOM", 16):
+        fast, recorded = (answers(decoder, stop) for decoder in (FastDecoder, GraphDecoder))
+    if len(set(map(len, fast))) == 1:
+        raise ValueError(f"all rows have stopped after {len(fast[0])} tokens: nothing was checked")
+    return sum(a != b for a, b in zip(fast, recorded))
+
+
+def graph_step(bench, rows: int) -> dict:
+    """A step of GraphDecoder, also if it is recorded first; then tokens a second of whole answers,
+    as in sampling()."""
+    model, processor = bench.make()
+    batch = bench.batch(processor, rows)
+
+    def prepared(kind):
+        decoder = kind(model)
+        with torch.no_grad():
+            tokens = decoder.read(batch, 1).argmax(-1)
+        return decoder, lambda: decoder.step(tokens)
+
+    def recorded():
+        decoder.replay = None
+        replayed()
+    (_, launched), (decoder, replayed) = prepared(FastDecoder), prepared(GraphDecoder)
+    error = difference(replayed(), launched())
+    steps = pairs.alternate({"launched": launched, "graph": replayed, "recorded": recorded}, 10)
+    seconds = pairs.alternate({kind.__name__: lambda kind=kind: bench.sample(
+        model, processor, batch, kind) for kind in (GraphDecoder, FastDecoder)}, bench.pairs)
+    return {"difference": error, **{f"{name}_ms": 1e3 * s for name, s in steps.items()},
+            **{name: rows * bench.T / s for name, s in seconds.items()}}
+
+
+def graph(bench) -> dict:
+    """Unrecorded on a CPU, so there only the answers and the difference say something."""
+    out = {}
+    for dtype, bound in ((torch.float32, 0), (torch.bfloat16, None)):
+        found = attempt(graph_agrees, bench, dtype)
+        out[f"other answers {str(dtype).removeprefix('torch.')}"] = found if isinstance(
+            found, dict) else {"difference": found, "within": bound is None or found <= bound}
+    return out | {f"{rows} rows": attempt(graph_step, bench, rows) for rows in bench.rows}
 
 
 # A failed recording may leave the device unusable, so the graph comes last.
@@ -400,7 +439,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--minutes", type=float, default=8, help="begin no part after so many")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=[*PARTS])
     args = parser.parse_args(argv)
-    qwen.quiet()
+    checks.quiet()
     torch.backends.cuda.enable_cudnn_sdp(False)                  # as model.load does
     pairs.DEVICE = module.DEVICE = torch.device(args.device)     # their clock, and their tensors
     bench, start, parts, seconds = Bench(args.device, args.quick), time.monotonic(), {}, {}

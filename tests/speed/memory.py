@@ -79,8 +79,9 @@ def random_model(config: dict, folder: Path, dtype, attention: str):
     import shutil
     import transformers
     import model as qwen
+    from scale.checkpoint import PROCESSOR_FILES
     folder.mkdir(parents=True, exist_ok=True)
-    for name in qwen.PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (qwen.TINY / name).exists():
             shutil.copyfile(qwen.TINY / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config))
@@ -181,8 +182,8 @@ def expected_peaks(planned) -> dict:
 
 def warm_up(distill, dtype: str, device: str = "cpu") -> None:
     """A step of the tiny checkpoint, for what is imported and allocated once."""
-    import model as qwen
-    qwen.quiet()
+    from scale.checks import quiet
+    quiet()
     warm = distill.Config(batch_size=2, max_new_tokens=4, privilege="answer", device=device,
                           dtype=dtype)
     step(distill, warm, distill.build_models(warm), records(2, 32))

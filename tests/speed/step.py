@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,12 +44,11 @@ from PIL import Image  # noqa: E402
 import cue_recovery  # noqa: E402
 import distill  # noqa: E402
 import model as qwen  # noqa: E402
-from scale import checkpoint
+from scale import checkpoint, checks  # noqa: E402
 import teacher as teaching  # noqa: E402
 from scale import vision  # noqa: E402
 from data import records as record_files, toy  # noqa: E402
 from scale.optimizer import Optimizer  # noqa: E402
-from rollout import append_response  # noqa: E402
 
 clock = time.process_time
 
@@ -81,9 +81,10 @@ def plain(student, teacher, processor, config):
     optimizer = optimizer_of(student, config.train)
     stops = torch.tensor(sorted(processor.stop_ids))
 
-    def logits_of(model, records, ids, lengths, hint):
-        batch = processor.batch([processor.prompt(r, hint(r)) for r in records])
-        both = append_response(batch, ids, lengths)
+    def logits_of(model, records, ids, hint):
+        prompts = [processor.prompt(r, hint(r)) for r in records]
+        both = processor.batch([replace(prompt, ids=prompt.ids + row)
+                                for prompt, row in zip(prompts, ids.tolist())])
         return model(**both, use_cache=False).logits[:, -ids.shape[1] - 1:-1]
 
     def step(records, number):
@@ -102,9 +103,9 @@ def plain(student, teacher, processor, config):
         mask = torch.arange(ids.shape[1]) < ends[:, None]
         student.train()
         with torch.no_grad():
-            q = logits_of(teacher, records, ids, ends,
+            q = logits_of(teacher, records, ids,
                           lambda r: teaching.hint(r, config.privilege)).log_softmax(-1)
-        p = logits_of(student, records, ids, ends, lambda r: None).log_softmax(-1)
+        p = logits_of(student, records, ids, lambda r: None).log_softmax(-1)
         nats = (q.exp() * (q - p)).sum(-1) * mask
         (nats.sum(1) / ends).mean().backward()
         optimizer.step(number)
@@ -392,7 +393,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="0: 11, or 2 with --quick")
     args = parser.parse_args()
     rounds = args.rounds or (2 if args.quick else 11)
-    qwen.quiet()
+    checks.quiet()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     train = record_files.load(toy.default() / "train.jsonl", ("cue",))
     batches = [distill.batch_of(train, n, args.batch, 0) for n in range(rounds + 1)]
