@@ -12,6 +12,7 @@ import evaluate
 import teacher as teaching
 from analysis import baselines, report
 from loss import forward_kl
+from rollout import PlainDecoder
 from scale import checkpoint
 from test_distill import KeepGradients, config
 
@@ -58,8 +59,7 @@ def test_supervised_is_the_kl_on_the_teachers_own_answers(tiny, records):
     hinted = [processor.prompt(r, r["cue"]) for r in batch]
     settings = config(batch_size=3)
     same = distill.sample_responses(teacher, processor, hinted,
-                                    distill.uniform_numbers(settings, 0), settings,
-                                    distill.PlainDecoder)
+                                    distill.uniform_numbers(settings, 0), settings, PlainDecoder)
     assert rollout.ids.tolist() == same.ids.tolist()
     loss = 0.0
     for record, ids, n in zip(batch, same.ids.tolist(), same.lengths.tolist()):
@@ -92,7 +92,7 @@ def test_the_supervising_teacher_answers_without_the_module(tiny, records):
              for teacher in (student, plain)]
     prompts = [processor.prompt(r, r["cue"]) for r in records[:3]]
     with_it = distill.sample_responses(student, processor, prompts, arguments[2], settings,
-                                       distill.PlainDecoder).ids.tolist()
+                                       PlainDecoder).ids.tolist()
     assert drawn[0] == drawn[1] != with_it
 
 
