@@ -127,14 +127,17 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
            max_pixels=0, before_limit=0, instruction="")
 
 
-def read_config(argv=None) -> tuple[Config, Path | None]:
-    """Settings from the command line; with --resume those of the run, and its folder."""
+def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
+    """Settings from the command line; with --resume those of the run, and its folder.
+
+    method: the name of another step than training_step, with which a resumed run must have begun.
+    """
     parser = parser_of(Config, __doc__.split("\n\n")[0])
     typed = vars(parser.parse_args(argv))
     resume = Path(typed.pop("resume")) if typed.get("resume") else None
     try:
         if resume:
-            typed = identity.settings_of_run(resume, typed, Config.__dataclass_fields__)
+            typed = identity.settings_of_run(resume, typed, Config.__dataclass_fields__, method)
         elif checks.is_tiny(typed.get("student", qwen.TINY)):
             typed = {**TOY, **typed}
         config = Config(**typed)
@@ -354,10 +357,13 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     return before | {"seconds": clock / len(test)}                  # of one answer
 
 
-def run_step(student, teacher, processor, records, config, step, optimizer, scale):
-    """training_step on this process's share. Returns the metrics and an answer to each record."""
+def run_step(student, teacher, processor, records, config, step, optimizer, scale, method=None):
+    """training_step on this process's share. Returns the metrics and an answer to each record.
+
+    method: a function to call in place of training_step, with the same arguments.
+    """
     def take():
-        return training_step(
+        return (method or training_step)(
             student, teacher, processor, sharding.share(records),
             sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
 
@@ -368,7 +374,7 @@ def run_step(student, teacher, processor, records, config, step, optimizer, scal
 
 
 def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
-               before) -> None:
+               before, method=None) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
     log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
     if "seconds" in before:
@@ -386,7 +392,7 @@ def train_loop(student, teacher, processor, train, dev, config, optimizer, scale
         records = batch_of(train, step, config.batch_size, config.seed)
         with checks.named(f"step {step + 1}"), log.saved_first(teacher, optimizer):
             metrics, answers = run_step(student, teacher, processor, records, config, step,
-                                        optimizer, scale)
+                                        optimizer, scale, method)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
                         tok_s=metrics["sample_tokens_per_second"], left=log.time_left(metrics))
         if log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
@@ -413,8 +419,9 @@ def finish(student, processor, test, dev, config, scale, folder, before, started
 
 
 @sharding.peers()
-def main(argv=None) -> None:
-    config, resume = read_config(argv)
+def main(argv=None, method=None) -> None:
+    """method: what is done in place of training_step, see run_step."""
+    config, resume = read_config(argv, method.__name__ if method else "")
     checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
@@ -426,10 +433,10 @@ def main(argv=None) -> None:
         config = sharding.from_main(config)     # its name may have the time in it, which differs
         folder = resume or Path("runs") / config.name
         with identity.owned(folder, new=not resume):
-            run(config, folder, resume)
+            run(config, folder, resume, method)
 
 
-def run(config: Config, folder: Path, resume: Path | None) -> None:
+def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     """All of a run, in a folder that is its own: check, load, train, evaluate."""
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
@@ -449,14 +456,15 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     if resume:
         longrun.resume(folder, optimizer, teacher, config)
     if sharding.is_main():
-        checkpoint.write_json(folder / "args.json", asdict(config) | {"digests": digests})
+        other = {"method": method.__name__} if method else {}
+        checkpoint.write_json(folder / "args.json", asdict(config) | other | {"digests": digests})
         log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
         started -= sum(m.get("seconds", 0) for m in log)
     scale = scale_for(config, student, teacher, processor)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
         train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
-                   before)
+                   before, method)
         finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
         raise SystemExit(checks.out_of_memory(config, folder)) from None

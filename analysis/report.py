@@ -166,7 +166,8 @@ def read_run(folder) -> Run:
 
 def command_line(args: dict) -> tuple[str, dict[str, str]]:
     """The command with these settings, and each setting's help text."""
-    plain, words = {f.name: f.default for f in fields(Config)}, ["python", "distill.py"]
+    plain = {f.name: f.default for f in fields(Config)}
+    words = ["python", *checkpoint.script(args).split()]
     if args.get("student") == plain["student"]:
         plain |= TOY
     for name, value in args.items():
@@ -555,7 +556,7 @@ def status(run: Run) -> str:
                 + (f", {seconds:.0f} s" if seconds else "")
                 + (f"; the module adds {added:,} parameters" if added else "") + ".")
     return (f"Not finished: {done} of {steps} steps are logged. The run goes on, or was stopped; "
-            f"python distill.py --resume {run.folder} goes on with a stopped one.")
+            f"{checkpoint.resume_command(run.folder)} goes on with a stopped one.")
 
 
 SECTIONS = (("result", "Result", result_section), ("curves", "Curves", curves_section),
