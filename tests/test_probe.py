@@ -54,6 +54,19 @@ def test_the_states_are_those_that_the_layers_read(tiny, records, sink):
     assert not model.model.language_model.norm._forward_pre_hooks
 
 
+@pytest.mark.parametrize("sink", ["first", "last"])
+def test_blind_queries_look_at_all_tokens_alike(tiny, records, sink):
+    """With queries of 0 each token shares its attention evenly; with the model's own it does not."""
+    model, processor = tiny
+    *own, even = probe.attention_on(model, processor, records[:2], sink, limit=5)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_norm.weight.data.zero_()
+    *blind, again = probe.attention_on(model, processor, records[:2], sink, limit=5)
+    assert len(own) == len(model.model.language_model.layers)
+    assert blind == pytest.approx([again] * len(blind)) and own != pytest.approx([even] * len(own))
+
+
+
 def test_a_runs_checkpoint_is_probed_on_the_runs_own_records(tmp_path, monkeypatch):
     """It is not the tiny model's folder, so a world of a real model's size was drawn for it."""
     (tmp_path / "checkpoint").mkdir()
