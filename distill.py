@@ -130,7 +130,7 @@ TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, m
 def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
     """Settings from the command line; with --resume those of the run, and its folder.
 
-    method: the name of another step than training_step, with which a resumed run must have begun.
+    method: the name of another step than training_step; a resumed run must have begun with it.
     """
     parser = parser_of(Config, __doc__.split("\n\n")[0])
     typed = vars(parser.parse_args(argv))
@@ -357,13 +357,10 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     return before | {"seconds": clock / len(test)}                  # of one answer
 
 
-def run_step(student, teacher, processor, records, config, step, optimizer, scale, method=None):
-    """training_step on this process's share. Returns the metrics and an answer to each record.
-
-    method: a function to call in place of training_step, with the same arguments.
-    """
+def run_step(student, teacher, processor, records, config, step, optimizer, scale):
+    """training_step on this process's share. Returns the metrics and an answer to each record."""
     def take():
-        return (method or training_step)(
+        return (scale.method or training_step)(
             student, teacher, processor, sharding.share(records),
             sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
 
@@ -374,7 +371,7 @@ def run_step(student, teacher, processor, records, config, step, optimizer, scal
 
 
 def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
-               before, method=None) -> None:
+               before) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
     log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
     if "seconds" in before:
@@ -392,7 +389,7 @@ def train_loop(student, teacher, processor, train, dev, config, optimizer, scale
         records = batch_of(train, step, config.batch_size, config.seed)
         with checks.named(f"step {step + 1}"), log.saved_first(teacher, optimizer):
             metrics, answers = run_step(student, teacher, processor, records, config, step,
-                                        optimizer, scale, method)
+                                        optimizer, scale)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
                         tok_s=metrics["sample_tokens_per_second"], left=log.time_left(metrics))
         if log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
@@ -420,7 +417,7 @@ def finish(student, processor, test, dev, config, scale, folder, before, started
 
 @sharding.peers()
 def main(argv=None, method=None) -> None:
-    """method: what is done in place of training_step, see run_step."""
+    """method: another step with the arguments of training_step, see analysis/baselines.py."""
     config, resume = read_config(argv, method.__name__ if method else "")
     checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
@@ -456,15 +453,15 @@ def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     if resume:
         longrun.resume(folder, optimizer, teacher, config)
     if sharding.is_main():
-        other = {"method": method.__name__} if method else {}
-        checkpoint.write_json(folder / "args.json", asdict(config) | other | {"digests": digests})
+        named = {"method": method.__name__} if method else {}
+        checkpoint.write_json(folder / "args.json", asdict(config) | named | {"digests": digests})
         log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
         started -= sum(m.get("seconds", 0) for m in log)
-    scale = scale_for(config, student, teacher, processor)
+    scale = replace(scale_for(config, student, teacher, processor), method=method)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
         train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
-                   before, method)
+                   before)
         finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
         raise SystemExit(checks.out_of_memory(config, folder)) from None

@@ -177,6 +177,10 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
     if len(student_head) != len(teacher_head):
         raise ValueError(f"student head has {len(student_head)} rows, "
                          f"teacher head {len(teacher_head)}")
+    for name, given in dict(teacher_hidden=teacher_hidden, weights=weights, tokens=tokens).items():
+        if given is not None and len(given) != len(student_hidden):
+            raise ValueError(f"student_hidden is {tuple(student_hidden.shape)} and {name} "
+                             f"{tuple(given.shape)}: expected the same N tokens in both")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected at least 1")
     if tokens is None and (kind == "sampled" or stats is not None):

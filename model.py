@@ -43,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -79,15 +80,16 @@ def find_folder(path, weights: bool = True) -> Path:
         if weights:         # said once: load() looks for the small files first
             print(f"{path} is not there, reading {old}, which a killed save left behind")
         return old
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", str(path)):
+        default = f"; the tiny default is {TINY}" if Path(path) != TINY else ""
         raise FileNotFoundError(f"{path} is not a folder (and not a hub name like "
-                                f"Qwen/Qwen3-VL-2B-Instruct); the tiny default is {TINY}")
+                                f"Qwen/Qwen3-VL-2B-Instruct){default}")
     from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors" if weights else CUE_FILE]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # offline, no such name, no permission: the hub raises many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(str(error), 160, placeholder=" ...")
         raise ConnectionError(f"cannot get {path} from the hub ({type(error).__name__}: {reason}); "
                               f"give a local folder; the tiny default is {TINY}") from None
 
@@ -325,7 +327,7 @@ class Processor:
         """
         if pictures_from is not None:
             return replace(pictures_from, ids=self._ids(record, hint, pictures_from.grids))
-        images = record.get("images", [])
+        images = pictures_of(record)
         grids = [self._grid(source, record) for source in images]
         prompt = Prompt(self._ids(record, hint, grids), grids=grids)
         if images:
@@ -338,7 +340,7 @@ class Processor:
 
     def length(self, record: dict, hint: str | None = None) -> int:
         """Tokens that prompt() will give, without decoding the pictures (only their headers)."""
-        grids = [self._grid(source, record) for source in record.get("images", [])]
+        grids = [self._grid(source, record) for source in pictures_of(record)]
         return len(self._ids(record, hint, grids))
 
     def _ids(self, record, hint, grids) -> list[int]:
@@ -477,6 +479,17 @@ class Processor:
 
 
 # ---------------------------------------------------------------------------- pictures
+
+def pictures_of(record: dict) -> list:
+    """Its images. Raises ValueError naming the record if they are no list, or without a question.
+    """
+    images, where = record.get("images", []), f"record {record.get('id', '?')}"
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"{where}: images must be a list, not {images!r}")
+    if "question" not in record:
+        raise ValueError(f"{where} has no question")
+    return images
+
 
 def read_picture(source, record: dict, what: str, call):
     """call(picture), of a PIL image or a path. Raises ValueError("record ID: cannot WHAT picture").

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import records as record_files, toy  # noqa: E402
-from model import TINY, load  # noqa: E402
-from scale.checks import quiet  # noqa: E402
+from model import find_folder, load  # noqa: E402
+from scale.asked import run_settings  # noqa: E402
+from scale.checks import is_tiny, quiet  # noqa: E402
 
 # Dimension letters: N records, D hidden, F facts.
 
@@ -120,8 +121,8 @@ def main(argv=None) -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--data", default="",
-                        help="training records with cues (default: the toy world); "
-                        "test.jsonl beside them is what is scored")
+                        help="training records with cues; test.jsonl beside them is what is "
+                        "scored (default: the records of the model's run, else the toy world's)")
     parser.add_argument("--limit", type=int, default=0, help="first so many of each, 0 for all")
     parser.add_argument("--sink", default="", choices=["", "first", "last"],
                         help="whose state is read (default: the module's sink, else first)")
@@ -129,11 +130,16 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     quiet()
     try:
-        large = Path(args.model).resolve() != TINY
-        path = Path(args.data) if args.data else toy.default(large=large) / "train.jsonl"
-        train, test = (record_files.load(p, ("cue",))[:args.limit or None]
-                       for p in (path, path.with_name("test.jsonl")))
-        model, processor = load(args.model, None, args.device or None)
+        find_folder(args.model, weights=False)          # before a world is drawn for it
+        own = run_settings(Path(args.model))            # of the run, if it is a run's checkpoint
+        path = Path(args.data or own.get("data")
+                    or toy.default(large=not is_tiny(args.model)) / "train.jsonl")
+        scored = not args.data and own["eval_data"] or path.with_name("test.jsonl")
+        train, test = ([{"instruction": own["instruction"], **record} for record in
+                        record_files.load(p, ("cue",))[:args.limit or None]]
+                       for p in (path, scored))
+        model, processor = load(args.model, None, args.device or None,
+                                **{side: own[side] or None for side in ("min_pixels", "max_pixels")})
     except (ValueError, OSError) as error:
         raise SystemExit(f"probe.py: {error}")
     cue = getattr(model, "cue_recovery", None)

@@ -39,6 +39,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import tempfile
 import zlib
 from collections import Counter
@@ -378,20 +379,25 @@ def write(folder, train: int = 3000, test: int = 512, seed: int = 0, replace: bo
     folder.parent.mkdir(parents=True, exist_ok=True)
     # a unique name: two first runs side by side must not draw into one folder
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + "."))
-    for split, count in (("train", train), ("test", test)):
-        write_split(temporary, split, count, seed, world, cues, views)
-    if dev:
-        taken = objects_in(temporary / "test.jsonl")
-        write_split(temporary, "dev", dev, seed, world, cues, views, taken)
-    temporary.chmod(0o755)                   # mkdtemp makes it private
-    if replace:
-        shutil.rmtree(folder, ignore_errors=True)
+    # SIGTERM becomes an exception, as Ctrl-C is: neither leaves half a world behind
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        os.replace(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        if replace or not folder.is_dir():
-            raise
+        for split, count in (("train", train), ("test", test)):
+            write_split(temporary, split, count, seed, world, cues, views)
+        if dev:
+            taken = objects_in(temporary / "test.jsonl")
+            write_split(temporary, "dev", dev, seed, world, cues, views, taken)
+        temporary.chmod(0o755)                   # mkdtemp makes it private
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if replace or not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)         # there unless it was renamed
+        signal.signal(signal.SIGTERM, handler)
 
 
 def write_split(folder: Path, split: str, count: int, seed: int, world: World, cues: str,

@@ -49,12 +49,17 @@ def run_settings(model: Path) -> dict:
 
 
 def fill_in(args) -> dict:
-    """Give `args` the run's own setting wherever none was typed; returns run_settings()."""
+    """Give `args` the run's own setting wherever none was typed; returns run_settings().
+
+    A model that is not there is refused here, before anything is drawn or read for it.
+    """
     own = run_settings(Path(args.model))
     if getattr(args, "instruction", None) is None:      # "" was typed: none is wanted
         args.instruction = own["instruction"]
     for name in ("max_new_tokens", "min_pixels", "max_pixels"):
         setattr(args, name, getattr(args, name) or own[name])
+    if not getattr(args, "rescore", False):             # which asks no model
+        checks.small_files(args.model, args.min_pixels or None, args.max_pixels or None)
     return own
 
 
@@ -62,6 +67,5 @@ def load_asked(args):
     """(model, processor) of the command line, after fill_in()."""
     device, dtype = checks.check_placement(args.device, args.dtype)
     pixels = {name: getattr(args, name) or None for name in ("min_pixels", "max_pixels")}
-    checks.small_files(args.model, **pixels)
     with checks.hub_advice(args.model):
         return qwen.load(args.model, dtype, device, **pixels)

@@ -37,6 +37,7 @@ class Scale:
     teach: Callable = teaching.teach          # how the teacher reads the micro-batches
     even_out: Callable | None = None          # makes the micro-batches of several ranks alike
     read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
+    method: Callable | None = None            # another step than distill.training_step
     halved: bool = False                      # a step ran out of memory before
 
 

@@ -144,6 +144,9 @@ def check_placement(device=None, dtype=None,
     if package and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--attention {attention} computes in bfloat16 or float16, not in "
                          f"{str(dtype).removeprefix('torch.')}; sdpa does")
+    if attention == "eager" and dtype == torch.float64:
+        raise ValueError("--attention eager takes its softmax in float32, where float64's mask is "
+                         "-inf and padding NaN; for --dtype float64 take --attention sdpa")
     return device, dtype
 
 
@@ -211,6 +214,10 @@ def check_models(config) -> qwen.Processor:
                          "stay beside the student")
     if config.train == "cue" and not config.cue_recovery:
         raise ValueError("--train cue trains the module only, and --no-cue-recovery leaves it out")
+    if config.privilege == "none" and config.teacher in ("self", "ema"):
+        raise ValueError(f"--privilege none: a teacher that is told nothing and is the student too "
+                         f"(--teacher {config.teacher}) agrees with it, at a loss of zero; give a "
+                         "bigger --teacher or another --privilege")
     check_placement(config.device, config.dtype, config.attention)
     if config.teacher == "ema" and config.train in ("cue", "lora"):
         raise ValueError(f"--teacher ema: with --train {config.train} the backbone stays as it is, "

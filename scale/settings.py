@@ -28,8 +28,8 @@ class Machine:
     gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
     score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
                                    "with and without it: for one that no GPU holds whole")
-    graph_decoding: bool = option(False, "a GPU replays each decoding step as one CUDA graph: up to "
-                                  "twice as fast")
+    graph_decoding: bool = option(False, "a GPU replays each decoding step as one CUDA graph: up "
+                                  "to twice as fast")
     offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
     offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     check: str = option("decode", "pictures before the start: decode all, or read their headers",

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from analysis import probe
 from benchmarks import readers, run
 from scale import asked, checkpoint
 import evaluate
@@ -185,6 +187,14 @@ def test_a_link_to_a_checkpoint_finds_the_run_it_belongs_to(tmp_path, monkeypatc
         asked.run_settings(folder)
 
 
+@pytest.mark.parametrize("main", [evaluate.main, probe.main])
+def test_a_model_that_is_not_there_is_said_before_a_world_is_drawn(main, monkeypatch):
+    """A mistyped name drew the large world, for minutes, and was refused then."""
+    monkeypatch.setattr(toy, "default", None)
+    with pytest.raises(SystemExit, match="runs/zz/checkpoint is not a folder"):
+        main(["--model", "runs/zz/checkpoint"])
+
+
 @pytest.mark.parametrize("main, flags", [
     (evaluate.main, ["--model", "m"]),
     (run.main, ["--model", "m", "--benchmark", "mmmu", "--source", "s"]),
@@ -280,6 +290,15 @@ def test_each_world_has_a_folder_of_its_own(tmp_path, monkeypatch):
     assert toy.default() == tmp_path / "toy" and toy.default(large=True) == tmp_path / "toy-large"
     assert drawn == [("toy", 3000, 512, 256, "toy"),
                      ("toy-large", 7040, 512, 256, "toy-large")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_drawing_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(toy, "write_split", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        toy.write(tmp_path / "toy", 6, 4)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_world_without_dev_records_gets_them_and_keeps_the_rest(tmp_path, monkeypatch, capsys):

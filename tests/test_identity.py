@@ -257,6 +257,14 @@ def test_text_only_records_cannot_train_the_module_alone(world):
     assert "--no-cue-recovery" in refused(["--train", "cue", "--no-cue-recovery"])
 
 
+@pytest.mark.parametrize("teacher", ["self", "ema"])
+def test_a_teacher_that_is_the_student_and_told_nothing_is_refused(teacher):
+    """It trained at a loss of zero, without a warning."""
+    config = distill.Config(privilege="none", teacher=teacher)
+    with pytest.raises(ValueError, match=f"--teacher {teacher}.*give a bigger --teacher"):
+        distill.checks.check_models(config)
+
+
 def test_a_picture_cut_short_is_found_before_a_weight_is_loaded(world, monkeypatch):
     """Its header is whole, so it passed; it ended the run at step 6, and every resume after it."""
     monkeypatch.setattr(distill, "build_models", None)

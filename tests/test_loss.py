@@ -463,6 +463,17 @@ def test_heads_of_different_rows_are_refused():
         distill_loss(one, one, torch.ones(6, 2), torch.ones(5, 2))
 
 
+@pytest.mark.parametrize("name", ["teacher_hidden", "weights", "tokens"])
+def test_another_number_of_tokens_is_refused(name):
+    """Seven teacher rows for five of the student gave values, weights of seven unwritten memory."""
+    given = dict(teacher_hidden=torch.ones(5, 2), weights=torch.ones(5), tokens=torch.ones(5).long())
+    for rows in (4, 7):
+        wrong = given | {name: given[name][:1].expand(rows, *given[name].shape[1:])}
+        with pytest.raises(ValueError, match=rf"\(5, 2\) and {name} \({rows},"):
+            distill_loss(torch.ones(5, 2), student_head=torch.ones(6, 2),
+                         teacher_head=torch.ones(6, 2), **wrong)
+
+
 def test_missing_tokens_and_unknown_kinds_are_refused():
     one, head = torch.ones(1, 2), torch.ones(6, 2)
     with pytest.raises(ValueError, match="tokens"):

@@ -426,6 +426,17 @@ def test_pitfall_15_what_cannot_be_read_is_refused_by_name(loaded, tmp_path, con
     assert loaded[1].prompt({"images": [noise(800, 4)], "question": ""}).grids
 
 
+@pytest.mark.parametrize("record, message", [
+    ({"images": "/tmp/a.png", "question": "?"}, "record ?: images must be a list, not '/tmp/a.png'"),
+    ({"images": [], "id": "7"}, "record 7 has no question")])
+def test_a_record_by_hand_is_told_what_it_lacks(processor, record, message):
+    """A path that is no list was "cannot read picture /", a missing question a bare KeyError."""
+    for read in (processor.prompt, processor.length):
+        with pytest.raises(ValueError) as error:
+            read(record)
+        assert str(error.value) == message
+
+
 def test_any_kind_of_decoder_error_names_the_record(loaded, monkeypatch):
     """Pillow's AVIF reader raises RuntimeError on a damaged file, others struct.error or KeyError:
     a list of exception types forgot some."""
@@ -721,7 +732,8 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("path, kind", [("nobody-at-all/no-such-model", ConnectionError),
                                         ("./no/such/folder", FileNotFoundError),
-                                        ("no-such-model", FileNotFoundError)])
+                                        ("no-such-model", FileNotFoundError),
+                                        ("mistyped/", FileNotFoundError)])
 def test_an_unreachable_model_is_one_line_with_the_default(path, kind):
     """Without a network the hub's own message is a page of traceback. conftest.py sets
     HF_HUB_OFFLINE=1, so this test asks no server."""
@@ -729,6 +741,13 @@ def test_an_unreachable_model_is_one_line_with_the_default(path, kind):
         qwen.load(path)
     assert "\n" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None
+
+
+def test_a_copy_without_the_tiny_folder_names_it_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(qwen, "TINY", tmp_path / "data" / "tiny-qwen3-vl")
+    with pytest.raises(FileNotFoundError) as error:
+        qwen.load(qwen.TINY)
+    assert str(error.value).count(str(qwen.TINY)) == 1
 
 
 def test_a_missing_cue_recovery_file_is_explained(tiny, tmp_path, monkeypatch):
@@ -753,6 +772,7 @@ def test_dtype_and_mode(dtype):
     ({"device": "gpu"}, "'gpu' is none of cpu, cuda"), ({"device": "cuda:99"}, "no such device"),
     ({"dtype": "bf16"}, "'bf16' is none of float32, bfloat16"),
     ({"dtype": torch.int8}, "none of float32"), ({"attention": "flash"}, "'flash' is none of sdpa"),
+    ({"dtype": "float64", "attention": "eager"}, "for --dtype float64 take --attention sdpa"),
     ({"attention": "flash_attention_2", "device": "cpu"}, "flash_attention_2 "
      "(needs a CUDA GPU and the package flash_attn|computes in bfloat16)")])
 def test_a_wrong_name_is_one_line_before_anything_is_read(bad, message):

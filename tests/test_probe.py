@@ -5,6 +5,7 @@ import torch
 import cue_recovery
 from analysis import probe
 from conftest import ROOT
+from scale.checkpoint import write_json
 
 
 def random_states(n=400, size=16, seed=0):
@@ -51,6 +52,18 @@ def test_the_states_are_those_that_the_layers_read(tiny, records, sink):
     one = probe.sink_states(model, processor, records[3:4], sink)
     assert torch.allclose(states[-1][3], one[-1][0], atol=1e-4)
     assert not model.model.language_model.norm._forward_pre_hooks
+
+
+def test_a_runs_checkpoint_is_probed_on_the_runs_own_records(tmp_path, monkeypatch):
+    """It is not the tiny model's folder, so a world of a real model's size was drawn for it."""
+    (tmp_path / "checkpoint").mkdir()
+    write_json(tmp_path / "args.json", {"data": "a.jsonl", "eval_data": "b.jsonl", "max_pixels": 9})
+    read, loaded = [], {}
+    monkeypatch.setattr(probe.record_files, "load", lambda path, needs: read.append(str(path)) or [])
+    monkeypatch.setattr(probe, "load", lambda *_, **options: loaded.update(options) or (None, None))
+    with pytest.raises(SystemExit, match="no word stands"):
+        probe.main(["--model", str(tmp_path / "checkpoint")])
+    assert read == ["a.jsonl", "b.jsonl"] and loaded == {"min_pixels": None, "max_pixels": 9}
 
 
 def test_the_grid_is_made_of_flags_that_exist():
