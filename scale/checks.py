@@ -39,7 +39,7 @@ ATTENTION = {"sdpa": None, "eager": None, "flash_attention_2": "flash_attn",
 def one_line(script: str, advice=lambda: ""):
     """Around a script: wrong input, a failed disk, NaN or Ctrl-C become one line, not a trace.
 
-    advice(): what to add, as what is saved and how to go on. Ctrl-C leaves with the code 130.
+    advice(): what is saved and how to go on, or nothing. Ctrl-C leaves with the code 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # an answer in Chinese must not end a run on cp1252
@@ -50,7 +50,7 @@ def one_line(script: str, advice=lambda: ""):
         raise SystemExit(f"{script}: {error}{advice()}") from error
     except KeyboardInterrupt:
         if sharding.is_main():
-            print(f"\n{script}: stopped{advice()}", file=sys.stderr)
+            print(f"\n{script}: stopped{advice() or '; nothing is saved yet'}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -187,6 +187,9 @@ def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
     if unknown or not isinstance(digests, dict):
         raise ValueError(f"{path}: not the settings of a run of this version: "
                          f"{', '.join(unknown) or 'digests'}")
+    done = checkpoint.saved_step(folder / "state") or 0
+    if typed.get("steps", done) < done:
+        raise ValueError(f"--steps {typed['steps']}: {folder} has done {done} already")
     for name in sorted(typed.keys() & MOVABLE - digests.keys()):
         raise ValueError(f"{path} has no digest to compare the {name} with, as a run of an older "
                          "version: put the records back to where they were")

@@ -131,10 +131,12 @@ class Log:
             raise FloatingPointError(f"step {done}: the gradient was not finite five times in a "
                                      "row; lower --lr, or use --dtype float32")
         last = done == config.steps or bool(spent(self.rows, config))
-        if config.eval_every and done % config.eval_every == 0 and not last:
+        due = config.eval_every and done % config.eval_every == 0
+        if due or last:
+            keep_samples(folder, done, samples, config.privilege)
+        if due and not last:
             now = ask(done)
             metrics["accuracy"] = now["accuracy"]
-            keep_samples(folder, done, samples, config.privilege)
             keep_student(folder, done, now, student, processor, config)
             self.evaluation = self.seconds()
             metrics["seconds"] += self.evaluation

@@ -411,7 +411,7 @@ def test_a_run_leaves_all_that_it_promises(toy_folder, tmp_path, monkeypatch, ca
     assert {"loss", "gap_front", "gap_back", "entropy", "length", "cut_off", "hint_rows",
             "hint_count", "gradient_norm", "skipped",
             "sample_tokens_per_second"} <= metrics[0].keys()
-    assert len(checkpoint.read_jsonl(folder / "rollouts.jsonl")) == 4
+    assert [r["step"] for r in checkpoint.read_jsonl(folder / "rollouts.jsonl")] == [2] * 4 + [3] * 4
     assert "| student" in printed and "--model" in printed
     assert "no dev records (--dev-data): evaluations inside the run" in printed
     assert "best of 2 evaluations on the test records" in printed

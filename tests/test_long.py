@@ -405,9 +405,10 @@ def test_half_a_removed_student_does_not_bear_its_name(tmp_path, monkeypatch):
 
 def test_a_run_keeps_what_it_says(whole):
     """step-000004 is the last evaluation during the run, checkpoint/ is the end, result.json names
-    the best. The last step is evaluated once, even if --eval-every divides it."""
+    the best. The last step is evaluated once, even if --eval-every divides it; its answers stand
+    in rollouts.jsonl as those of the others do, where a short run had no such file."""
     assert [p.name for p in (whole / "checkpoints").iterdir()] == ["step-000004"]
-    assert {r["step"] for r in checkpoint.read_jsonl(whole / "rollouts.jsonl")} == {2, 4}
+    assert {r["step"] for r in checkpoint.read_jsonl(whole / "rollouts.jsonl")} == {2, 4, 6}
     accuracy = {m["step"]: m["accuracy"] for m in checkpoint.read_jsonl(whole / "metrics.jsonl")
                 if "accuracy" in m}
     assert list(accuracy) == [2, 4, 6]
