@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import cue_recovery
-from analysis import probe
+from analysis import baselines, probe
 from conftest import ROOT
 from scale.checkpoint import write_json
 
@@ -85,6 +85,8 @@ def test_the_grid_is_made_of_flags_that_exist():
     lines = (ROOT / "analysis" / "grid.sh").read_text().split('arms="')[1].split('"')[0]
     arms = [line.split() for line in lines.strip().splitlines()]
     assert len(arms) == len({name for name, *_ in arms}) >= 9
-    for _, *flags in arms:
+    for _, seeds, *flags in arms:
+        assert set(seeds.split(",")) <= {"0", "1", "2"}
+        flags = flags[flags[0] in baselines.METHODS:]
         config, _ = distill.read_config([*flags, "--seed", "0", "--name", "x", "--eval-every", "0"])
         assert config.eval_every == 0
