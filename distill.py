@@ -34,17 +34,15 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 """
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 from tqdm import tqdm
@@ -53,13 +51,12 @@ import evaluate
 import model as qwen
 import teacher as teaching
 from loss import distill_loss
-from rollout import PlainDecoder, Rollout, sample
-from scale import checkpoint, checks, identity, longrun, offload, plan, sharding, vision
-from scale.build import build_models, print_settings
-from scale.decoder import FastDecoder, without_flash
-from scale.graphs import GraphDecoder
+from rollout import Rollout, sample
+from scale import checkpoint, checks, identity, longrun, offload, plan, sharding
+from scale.build import Scale, build_models, choose_weights, print_settings, scale_for
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
+from scale.settings import Machine, option, parser_of
 
 # Dimension letters: B prompts, K responses to each, T response tokens, W columns of a batch,
 # N scored tokens, D hidden size, V vocabulary.
@@ -69,13 +66,10 @@ HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------- settings
 
-def option(default, text: str, choices=None, low=-math.inf, high=math.inf):
-    return field(default=default, metadata={"help": text, "choices": choices, "range": (low, high)})
-
-
 @dataclass
-class Config:
-    """Every knob. The defaults are for a real model (paper, table 3), TOY for the tiny default."""
+class Config(Machine):
+    """Every knob of the method; Machine has the others. The defaults are for a real model (paper,
+    table 3), TOY for the tiny one."""
     student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
     teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
     ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step",
@@ -92,16 +86,10 @@ class Config:
     before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
                                "for all", low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
-    check: str = option("decode", "pictures before the start: decode all, or read their headers",
-                        ("decode", "headers"))
     steps: int = option(275, "updates; 275 is the paper's main run", low=1)
     batch_size: int = option(128, "prompts an update", low=1)
     samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
                                      low=1)
-    sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
-                               low=0)
-    micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
-                                     low=0)
     max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut",
                                     low=1)
     max_new_tokens: int = option(4096, "response tokens", low=1)
@@ -125,69 +113,31 @@ class Config:
                         "the module), cue (the module)", ("all", "language", "lora", "cue"))
     lora_rank: int = option(16, "with --train lora", low=1)
     lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
-    gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
-    score_privilege: bool = option(False, "before step 1 the teacher only scores right answers, "
-                                   "with and without it: for one that no GPU holds whole")
-    graph_decoding: bool = option(False, "a GPU replays each decoding step as one CUDA graph: up to "
-                                  "twice as fast")
-    offload_teacher: bool = option(False, "the teacher in CPU memory, on the GPU only to score")
-    offload_optimizer: bool = option(False, "keep masters and moments in CPU memory, updated there")
     min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
     max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
                              low=0)
     seed: int = option(0, "of data order, sampling and the module's start", low=0,
                        high=10**12)
-    name: str = option("", "of the run's folder below runs/; empty for the time")
     eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
-    save_every: int = option(25, "steps between saved states for --resume", low=1)
-    keep: int = option(0, "keep the students of the last so many evaluations, and the best", low=0)
-    max_hours: float = option(0.0, "end after so many hours of steps and evaluations, 0: no limit",
-                              low=0)
-    max_tokens: int = option(0, "end after so many sampled response tokens, 0: no limit", low=0)
-    device: str = option("", "cuda, cpu, ...; empty for cuda if there is one")
-    threads: int = option(0, "CPU threads, 0 for torch's choice; OMP_NUM_THREADS, if set, decides",
-                          low=0)
-    dtype: str = option("", "of the weights; empty for float32 on a CPU, else bfloat16")
-    plan: bool = option(False, "print how much memory the run needs, and stop")
-    gpu_memory: float = option(0.0, "with --plan: GB of one GPU, to say whether the run fits",
-                               low=0)
-    gpus: int = option(0, "with --plan: number of GPUs; 0 for WORLD_SIZE, or 1", low=0)
-    attention: str = option("sdpa", "attention kernel", ("sdpa", "eager", "flash_attention_2"))
 
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
            lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
            max_pixels=0, before_limit=0, instruction="")
-# What a setting meant before it had a name: for runs that were begun then.
-OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
 
 
-def read_config(argv=None) -> tuple[Config, Path | None]:
-    """Settings from the command line; with --resume those of the run, and its folder."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    vision_flags = parser.add_mutually_exclusive_group()
-    vision_flags.add_argument("--freeze-vision", dest="train", action="store_const",
-                              const="language", default=argparse.SUPPRESS,
-                              help="the same as --train language")
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
-            "type": type(f.default), "choices": f.metadata["choices"]}
-        shown = "" if f.default == "" else f" (default: {f.default})"
-        # without a default of its own, a setting stands in the result only if it was typed
-        (vision_flags if f.name == "train" else parser).add_argument(
-            "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-            help=f.metadata["help"] + shown, **kind)
-    parser.add_argument("--resume", metavar="FOLDER", default="",
-                        help="go on with this run, with its own settings (limits and what changes "
-                             "memory only may be typed; --data, --eval-data and --dev-data, if "
-                             "they moved)")
+def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
+    """Settings from the command line; with --resume those of the run, and its folder.
+
+    method: the name of another step than training_step; a resumed run must have begun with it.
+    """
+    parser = parser_of(Config, __doc__.split("\n\n")[0])
     typed = vars(parser.parse_args(argv))
-    resume = typed.pop("resume")
+    resume = Path(typed.pop("resume")) if typed.get("resume") else None
     try:
         if resume:
-            typed = {**OLDER, **identity.settings_of_run(Path(resume), typed,
-                                                          Config.__dataclass_fields__)}
+            typed = identity.settings_of_run(resume, typed, Config.__dataclass_fields__, method)
         elif checks.is_tiny(typed.get("student", qwen.TINY)):
             typed = {**TOY, **typed}
         config = Config(**typed)
@@ -197,7 +147,7 @@ def read_config(argv=None) -> tuple[Config, Path | None]:
         identity.make_absolute(config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return config, Path(resume) if resume else None
+    return config, resume
 
 
 # ---------------------------------------------------------------------------- one step
@@ -324,31 +274,6 @@ def response_states(processor, responses, hidden, prompts, model, rows) -> torch
     return states[(place >= 0) & (place < lengths)]
 
 
-def last_hidden_state(model, batch: dict) -> torch.Tensor:
-    return model.model(**batch, use_cache=False).last_hidden_state
-
-
-def teacher_states(teacher, groups, read):
-    """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D)."""
-    for rows in groups:
-        with teaching.at_work(teacher):
-            states = read(teacher, rows)
-        # out of at_work: if the teacher is the student, its module is on again while that one reads
-        yield rows, states, teacher.lm_head.weight
-
-
-@dataclass
-class Scale:
-    """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
-    decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
-    sampling: Callable = nullcontext          # around sampling: the student's weights in one place
-    hidden: Callable = last_hidden_state      # (model, batch) -> last hidden states
-    teach: Callable = teacher_states          # (teacher, groups, read) -> as teacher_states
-    even_out: Callable | None = None          # makes the micro-batches of several ranks alike
-    read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
-    halved: bool = False                      # a step ran out of memory before
-
-
 # ---------------------------------------------------------------------------- the run
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
@@ -360,38 +285,6 @@ def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]
 @lru_cache(2)          # of a million records an order takes a second
 def order_of(epoch: int, count: int, seed: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
-
-
-def choose_weights(student, train: str) -> list:
-    """Mark what is trained; returns [(name, parameter)], shared weights once."""
-    for name, parameter in student.named_parameters():
-        added = name.startswith(("cue_recovery.", "lora."))
-        parameter.requires_grad_(added or train == "all"
-                                 or (train == "language" and not name.startswith("model.visual.")))
-    return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-
-
-def scale_for(config: Config, student, teacher, processor) -> Scale:
-    """The parts of scale/ that this run needs."""
-    scale = Scale(GraphDecoder if config.graph_decoding else FastDecoder, without_flash)
-    if sharding.world > 1:
-        @contextmanager
-        def sampling(model):
-            with sharding.gathered(model), without_flash(model):
-                yield
-
-        def teach(*arguments):
-            yield from teacher_states(*arguments)
-            sharding.release(teacher)
-        return Scale(FastDecoder, sampling, sharding.last_hidden_state, teach,
-                     partial(sharding.even_out, processor))
-    if config.offload_teacher:
-        scale.teach = partial(offload.teach, student.device)
-    if config.train != "all" and config.teacher == "self":
-        # one frozen tower in both models: each picture goes through it once, not three times
-        scale.read_pictures = lambda prompts: vision.read_once(
-            prompts, student, teacher, rows=config.sample_batch)
-    return scale
 
 
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
@@ -465,27 +358,13 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
-    """training_step on this process's share. Returns the metrics and an answer to each record.
-
-    Out of memory, rows and micro-batches are halved once and the step begins again: it draws the
-    same tokens, however it is cut.
-    """
-    def attempt():
-        return training_step(
+    """training_step on this process's share. Returns the metrics and an answer to each record."""
+    def take():
+        return (scale.method or training_step)(
             student, teacher, processor, sharding.share(records),
             sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
 
-    try:
-        done = attempt()
-    except torch.OutOfMemoryError:
-        if sharding.world > 1 or scale.halved:
-            raise
-        done = None           # what the failed step holds is freed only behind this block
-    if done is None:
-        scale.halved = True
-        checks.halve(config, student)
-        done = attempt()
-    sums, rollout = done
+    sums, rollout = checks.halved_if_too_large(take, config, student, scale)
     answers = sharding.collect(decoded(rollout, processor.decode, config.samples_per_prompt))
     metrics = metrics_of(step + 1, sharding.gather(sums), sum(answers, []))
     return metrics, [responses[0]["response"] for responses in answers]
@@ -537,8 +416,9 @@ def finish(student, processor, test, dev, config, scale, folder, before, started
 
 
 @sharding.peers()
-def main(argv=None) -> None:
-    config, resume = read_config(argv)
+def main(argv=None, method=None) -> None:
+    """method: another step with the arguments of training_step, see analysis/baselines.py."""
+    config, resume = read_config(argv, method.__name__ if method else "")
     checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
@@ -550,10 +430,10 @@ def main(argv=None) -> None:
         config = sharding.from_main(config)     # its name may have the time in it, which differs
         folder = resume or Path("runs") / config.name
         with identity.owned(folder, new=not resume):
-            run(config, folder, resume)
+            run(config, folder, resume, method)
 
 
-def run(config: Config, folder: Path, resume: Path | None) -> None:
+def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     """All of a run, in a folder that is its own: check, load, train, evaluate."""
     started = time.monotonic()                  # a clock that nobody sets
     with sharding.main_first():
@@ -573,10 +453,11 @@ def run(config: Config, folder: Path, resume: Path | None) -> None:
     if resume:
         longrun.resume(folder, optimizer, teacher, config)
     if sharding.is_main():
-        checkpoint.write_json(folder / "args.json", asdict(config) | {"digests": digests})
+        named = {"method": method.__name__} if method else {}
+        checkpoint.write_json(folder / "args.json", asdict(config) | named | {"digests": digests})
         log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
         started -= sum(m.get("seconds", 0) for m in log)
-    scale = scale_for(config, student, teacher, processor)
+    scale = replace(scale_for(config, student, teacher, processor), method=method)
     try:
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
         train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,

@@ -132,6 +132,11 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
     return model, processor
 
 
+def last_hidden_state(model, batch: dict) -> torch.Tensor:
+    """(B, W, D) hidden states of a whole batch, without a cache and without logits."""
+    return model.model(**batch, use_cache=False).last_hidden_state
+
+
 def model_config(folder) -> dict:
     """config.json of a checkpoint that load() can read. Raises ValueError for another model."""
     config = _read_json(Path(folder) / "config.json")

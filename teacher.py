@@ -109,6 +109,18 @@ def at_work(teacher):
 
 
 @torch.no_grad()
+def teach(teacher, groups, read):
+    """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D).
+
+    read(teacher, rows) -> hidden states that predict the response tokens of these rows.
+    """
+    for rows in groups:
+        with at_work(teacher):
+            states = read(teacher, rows)
+        # out of at_work: if the teacher is the student, its module is on again while that one reads
+        yield rows, states, teacher.lm_head.weight
+
+
 def update_ema(teacher, student, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly.
 

@@ -6,8 +6,9 @@ how well a linear map predicts which facts the record's cue states. A fact is a 
 or two words side by side ("red circle", "row 2"), found in some cues and not in others.
 
 In:  a checkpoint, training and test records with cues.
-Out: a table, one row per layer: balanced accuracy on the test records, averaged over the facts.
-     50 % is chance, however frequent a fact is.
+Out: a table, one row per layer: balanced accuracy on the test records, averaged over the facts
+     (50 % is chance, however frequent a fact is); and who reads it: the share of their attention
+     that the tokens of the model's own answers give to the sink.
 
 The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fact, X standardised):
     W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
@@ -34,7 +35,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import records as record_files, toy  # noqa: E402
+from distill import response_states  # noqa: E402
 from model import find_folder, load  # noqa: E402
+from rollout import sample  # noqa: E402
 from scale.asked import run_settings  # noqa: E402
 from scale.checks import is_tiny, quiet  # noqa: E402
 
@@ -68,6 +71,32 @@ def sink_states(model, processor, records: list[dict], sink: str, batch_size: in
         for hook in hooks:
             hook.remove()
     return [torch.cat(parts) for parts in states]
+
+
+@torch.no_grad()
+def attention_on(model, processor, records: list[dict], sink: str, limit: int = 96) -> list:
+    """Of each layer: the share of its attention that a token of a greedy answer gives to the sink,
+    mean over heads, tokens and records; last, what it would be if all columns were alike."""
+    kind, shares = model.config._attn_implementation, []
+    for record in records:
+        prompt = processor.prompt(record)
+        out = sample(model, processor.batch([prompt], device=model.device), temperature=0,
+                     max_new_tokens=limit, **processor.sampling)
+        start = len(prompt.ids)
+        column = 0 if sink == "first" else start - 1
+
+        def look(model, batch):
+            seen = model.model(**batch, use_cache=False, output_attentions=True)
+            maps = torch.cat(seen.attentions)[:, :, start - 1:-1].float()   # (layers, heads, T, W)
+            even = (1 / torch.arange(start, batch["input_ids"].shape[1])).mean()
+            shares.append(torch.cat([maps[..., column].mean((1, 2)).cpu(), even[None]]))
+            return seen.last_hidden_state
+        model.set_attn_implementation("eager")           # the others keep no map
+        try:
+            response_states(processor, [out.ids[0].tolist()], look, [prompt], model, [0])
+        finally:
+            model.set_attn_implementation(kind)
+    return torch.stack(shares).mean(0).tolist()
 
 
 def facts_of(cue: str) -> set[str]:
@@ -153,14 +182,18 @@ def main(argv=None) -> None:
     train_y, test_y = stated(train, facts), stated(test, facts)
     print(f"{args.model}, the {sink} token: {len(facts)} facts, {len(train)} records to fit, "
           f"{len(test)} to score\n"
-          "| state read by | balanced accuracy % | best fact | worst fact |\n|---|---|---|---|")
+          "| state read by | balanced accuracy % | best fact | worst fact | attention on it % |\n"
+          "|---|---|---|---|---|")
+    *shares, even = attention_on(model, processor, test[:64], sink)
     states = (sink_states(model, processor, records, sink) for records in (train, test))
     for place, (x, test_x) in enumerate(zip(*states)):
         score = 100 * probe(x, train_y, test_x, test_y)
         best, worst = int(score.argmax()), int(score.argmin())
         name = f"layer {place}" if place < len(model.model.language_model.layers) else "the head"
         print(f"| {name}{' (behind a block)' if place in blocks else ''} | {score.mean():.1f} | "
-              f"{facts[best]} {score[best]:.0f} | {facts[worst]} {score[worst]:.0f} |", flush=True)
+              f"{facts[best]} {score[best]:.0f} | {facts[worst]} {score[worst]:.0f} | "
+              f"{f'{100 * shares[place]:.1f}' if place < len(shares) else '-'} |", flush=True)
+    print(f"A token that looks at all before it alike gives {100 * even:.1f} % to each.")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
                               rollouts_picture, spread, table, token_spans)
 from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
-from distill import HERE, TOY, Config, last_hidden_state, response_states  # noqa: E402
+from distill import HERE, TOY, Config, response_states  # noqa: E402
 from evaluate import judge, with_frames  # noqa: E402
-from model import load, to_rgb  # noqa: E402
+from model import last_hidden_state, load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
 from scale.checks import one_line, quiet  # noqa: E402
@@ -166,7 +166,8 @@ def read_run(folder) -> Run:
 
 def command_line(args: dict) -> tuple[str, dict[str, str]]:
     """The command with these settings, and each setting's help text."""
-    plain, words = {f.name: f.default for f in fields(Config)}, ["python", "distill.py"]
+    plain = {f.name: f.default for f in fields(Config)}
+    words = ["python", *checkpoint.script(args).split()]
     if args.get("student") == plain["student"]:
         plain |= TOY
     for name, value in args.items():
@@ -555,7 +556,7 @@ def status(run: Run) -> str:
                 + (f", {seconds:.0f} s" if seconds else "")
                 + (f"; the module adds {added:,} parameters" if added else "") + ".")
     return (f"Not finished: {done} of {steps} steps are logged. The run goes on, or was stopped; "
-            f"python distill.py --resume {run.folder} goes on with a stopped one.")
+            f"{checkpoint.resume_command(run.folder)} goes on with a stopped one.")
 
 
 SECTIONS = (("result", "Result", result_section), ("curves", "Curves", curves_section),

@@ -4,8 +4,8 @@ The idea.  The loss is a mean over tokens, and most tokens are words that nobody
 the students of a run that were kept answer the same test questions, and the mean of each *kind* of
 token is taken by itself: colours, shapes, rows, the comma that goes on or the full stop that stops.
 
-In:  the folder of a run of the drawn world with kept students (--eval-every 25 --keep 6), whose
-     teacher is the start (--teacher self).
+In:  the folder of a finished run of the drawn world, whose teacher is the start (--teacher self);
+     the students between (--eval-every 25 --keep 6), if it kept them.
 Out: docs/which_tokens.png, and its table in the terminal, as Markdown. First: what learns last.
 
 The one equation: over the tokens of a kind k in the student's own sampled answers, the mean of
@@ -33,9 +33,10 @@ import drawings  # noqa: E402
 from benchmarks.counting import grid  # noqa: E402
 from data import records as record_files  # noqa: E402
 from loss import distill_loss  # noqa: E402
-from model import load, quiet  # noqa: E402
+from model import last_hidden_state, load  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint  # noqa: E402
+from scale.checks import quiet  # noqa: E402
 from teacher import hint  # noqa: E402
 
 # Dimension letters: B answers, T tokens of an answer, N tokens of all answers, D hidden.
@@ -63,7 +64,7 @@ def by_kind(student, teacher, processor, records, hints, seed: int = 0) -> dict[
     got = sample(student, processor.batch(prompts), max_new_tokens=96,
                  generator=torch.Generator().manual_seed(seed), **processor.sampling)
     answers = [ids[:n].tolist() for ids, n in zip(got.ids, got.lengths)]              # B lists of T
-    states = [distill.response_states(processor, answers, distill.last_hidden_state, asked, model,
+    states = [distill.response_states(processor, answers, last_hidden_state, asked, model,
                                       range(len(records)))
               for model, asked in ((student, prompts), (teacher, hinted))]            # (N, D) each
     kl = distill_loss(*states, student.lm_head.weight, teacher.lm_head.weight)        # (N,)
@@ -75,21 +76,23 @@ def by_kind(student, teacher, processor, records, hints, seed: int = 0) -> dict[
 
 
 def measure(run: Path, count: int) -> dict[int, dict[str, list[float]]]:
-    """{step: as by_kind}, step 0 being the start. Raises ValueError without kept students."""
-    args = checkpoint.read_run(run)["args"]
-    kept = sorted((run / "checkpoints").glob("step-*"))
-    if not kept or args["teacher"] != "self":
-        raise ValueError(f"{run}: {len(kept)} kept students, teacher {args['teacher']}: expected "
-                         "some (--keep) and self")
+    """{step: as by_kind}, step 0 being the start, the last the run's checkpoint."""
+    files = checkpoint.read_run(run)
+    args, kept = files["args"], sorted((run / "checkpoints").glob("step-*"))
+    if args["teacher"] != "self" or not (run / "checkpoint").is_dir():
+        raise ValueError(f"{run}: expected a finished run with --teacher self, "
+                         f"not {args['teacher']}")
+    students = {int(path.name[5:]): path for path in kept}
+    students[files["metrics"][-1]["step"]] = run / "checkpoint"
     config = distill.Config(**{f.name: args[f.name] for f in fields(distill.Config)
                                if f.name in args})
     start, teacher, processor = distill.build_models(config)
     records = record_files.load(config.eval_data)[:count]
     hints = [hint(record, config.privilege) for record in records]
     found = {0: by_kind(start, teacher, processor, records, hints)}
-    for path in kept:
+    for step, path in students.items():
         student, _ = load(path, device="cpu")
-        found[int(path.name[5:])] = by_kind(student, teacher, processor, records, hints)
+        found[step] = by_kind(student, teacher, processor, records, hints)
     return found
 
 

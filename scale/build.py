@@ -2,21 +2,43 @@
 
 The idea.  A teacher is a frozen copy of the student, an average of it, a bigger model, or the
 student itself with its module off. Which of them, on which device and in how many slices, is
-decided here, once; a training step then sees two models.
+decided here, once, and so is what this asks of a step (Scale). A training step then sees two models
+and calls what it is given.
 
-In:  the settings (distill.Config).  Out: student (with the module), teacher (without), processor.
+In:  the settings (distill.Config).
+Out: student (with the module), teacher (without), processor; the weights that are trained; a Scale.
 """
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
 
 import torch
 
 import cue_recovery
 import model as qwen
 import teacher as teaching
-from scale import lora, sharding
+from rollout import PlainDecoder
+from scale import lora, offload, sharding, vision
 from scale.checks import check_placement, hub_advice
+from scale.decoder import FastDecoder, without_flash
+from scale.graphs import GraphDecoder
+from scale.settings import method_first
+
+
+@dataclass
+class Scale:
+    """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
+    decoder: type = PlainDecoder              # how sample() reads prompts and takes a step
+    sampling: Callable = nullcontext          # around sampling: the student's weights in one place
+    hidden: Callable = qwen.last_hidden_state     # (model, batch) -> last hidden states
+    teach: Callable = teaching.teach          # how the teacher reads the micro-batches
+    even_out: Callable | None = None          # makes the micro-batches of several ranks alike
+    read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
+    method: Callable | None = None            # another step than distill.training_step
+    halved: bool = False                      # a step ran out of memory before
 
 
 def build_models(config):
@@ -62,8 +84,40 @@ def build_models(config):
     return student, teacher, processor
 
 
+def choose_weights(student, train: str) -> list:
+    """Mark what is trained; returns [(name, parameter)], shared weights once."""
+    for name, parameter in student.named_parameters():
+        added = name.startswith(("cue_recovery.", "lora."))
+        parameter.requires_grad_(added or train == "all"
+                                 or (train == "language" and not name.startswith("model.visual.")))
+    return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
+
+
+def scale_for(config, student, teacher, processor) -> Scale:
+    """The parts of scale/ that this run needs."""
+    scale = Scale(GraphDecoder if config.graph_decoding else FastDecoder, without_flash)
+    if sharding.world > 1:
+        @contextmanager
+        def sampling(model):
+            with sharding.gathered(model), without_flash(model):
+                yield
+
+        def teach(*arguments):
+            yield from teaching.teach(*arguments)
+            sharding.release(teacher)
+        return Scale(FastDecoder, sampling, sharding.last_hidden_state, teach,
+                     partial(sharding.even_out, processor))
+    if config.offload_teacher:
+        scale.teach = partial(offload.teach, student.device)
+    if config.train != "all" and config.teacher == "self":
+        # one frozen tower in both models: each picture goes through it once, not three times
+        scale.read_pictures = lambda prompts: vision.read_once(
+            prompts, student, teacher, rows=config.sample_batch)
+    return scale
+
+
 def print_settings(config, student, teacher, weights) -> None:
-    print("\n".join(f"  {name:22} {value}" for name, value in asdict(config).items()))
+    print("\n".join(f"  {f.name:22} {getattr(config, f.name)}" for f in method_first(config)))
     millions = {name: sum(p.numel() for p in parameters) / 1e6 for name, parameters in (
         ("student", student.parameters()), ("teacher", teacher.parameters()),
         ("trained", (p for _, p in weights)))}

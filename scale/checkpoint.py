@@ -131,6 +131,15 @@ def read_run(folder: Path) -> dict:
     return parts
 
 
+def script(args: dict) -> str:
+    """The script that made a run with these settings, as it is typed behind `python`."""
+    return f"analysis/baselines.py {args['method']}" if "method" in args else "distill.py"
+
+
+def resume_command(folder: Path) -> str:
+    return f"python {script(read_json(folder / 'args.json'))} --resume {folder}"
+
+
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`: a resumed run makes these steps again."""
     if Path(path).exists():

@@ -340,12 +340,21 @@ def out_of_memory(config, folder) -> str:
             f"--resume {folder} --sample-batch {rows} --micro-batch-tokens {tokens}")
 
 
-def halve(config, student) -> None:
-    """Half the rows and half the micro-batch from now on; forget what the failed step left."""
+def halved_if_too_large(take, config, student, scale):
+    """take(), a step. Out of memory, rows and micro-batches are halved for good, once, and it is
+    taken again: it draws the same tokens, however it is cut."""
+    try:
+        return take()
+    except torch.OutOfMemoryError:
+        if sharding.world > 1 or scale.halved:
+            raise
+    # what the failed step holds is freed only behind that block
+    scale.halved = True
     config.sample_batch = max(1, config.sample_batch // 2)
     config.micro_batch_tokens = max(1, config.micro_batch_tokens // 2)
     print(f"\nout of memory: going on with --sample-batch {config.sample_batch} "
           f"--micro-batch-tokens {config.micro_batch_tokens}", flush=True)
     student.zero_grad(set_to_none=True)
+    return take()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

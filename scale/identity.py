@@ -41,6 +41,8 @@ SOURCES = {"data": "the training records", "eval_data": "the test records",
            "dev_data": "the dev records", "student": "the start checkpoint",
            "teacher": "the teacher"}
 MOVABLE = {"data", "eval_data", "dev_data"}
+# What a setting meant before it had a name: for runs that were begun then.
+OLDER = dict(threads=0, before_limit=0, instruction="", dev_data="test")
 NO_PATH = ("", "self", "ema", "test")          # what stands in these settings beside paths
 
 
@@ -107,7 +109,7 @@ def how_to_go_on(folder: Path) -> str:
         return ""
     step = checkpoint.saved_step(folder / "state")
     saved = "no state" if step is None else f"the state after step {step}"
-    return f"; {saved} is saved, go on with python distill.py --resume {folder}"
+    return f"; {saved} is saved, go on with {checkpoint.resume_command(folder)}"
 
 
 # ---------------------------------------------------------------------------- the same run
@@ -164,10 +166,11 @@ def check_same(folder: Path, config, saved: dict, now: dict) -> None:
 
 # ---------------------------------------------------------------------------- the settings
 
-def settings_of_run(folder: Path, typed: dict, known) -> dict:
+def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
     """The settings in RUN/args.json, and those typed beside --resume; ValueError for others.
 
     known: the names of all settings. What the run does not name keeps its default.
+    method: what trains it, empty for distill.training_step: the one with which the run began.
     """
     other = sorted(typed.keys() - LIMITS - MEMORY - MOVABLE)
     if other:
@@ -176,6 +179,9 @@ def settings_of_run(folder: Path, typed: dict, known) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is {folder} the folder of a run?")
     own = checkpoint.read_json(path)
+    if own.pop("method", "") != method:
+        raise ValueError(f"{folder} was begun with another method; go on with "
+                         + checkpoint.resume_command(folder))
     digests = own.pop("digests", {})
     unknown = sorted(own.keys() - set(known))
     if unknown or not isinstance(digests, dict):
@@ -191,7 +197,7 @@ def settings_of_run(folder: Path, typed: dict, known) -> dict:
         path = own.get(name, "test")
         if "data" in typed and name not in typed and path != "test" and not os.path.exists(path):
             own[name] = ""                   # moved too: looked for beside the training records
-    return {**own, **typed}
+    return {**OLDER, **own, **typed}
 
 
 def make_absolute(config) -> None:

@@ -147,7 +147,7 @@ class Log:
             save_state(folder, done, optimizer, teacher, config, fatal=asked or last)
         if asked:
             sharding.barrier()                   # torchrun ends all as soon as one has left
-            print(f"\nstopped after step {done}; go on with\n  python distill.py --resume {folder}")
+            print(f"\nstopped after step {done}; go on with\n  {checkpoint.resume_command(folder)}")
             raise SystemExit(130)
         return last
 

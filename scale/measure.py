@@ -33,6 +33,7 @@ class Sums:
     gradient_norm: float = 0.0
     seconds: dict = field(default_factory=dict)                 # name of a part -> its time
     start: float = field(default_factory=time.perf_counter)     # of the part that is running
+    extra: dict = field(default_factory=dict)       # another method's: name -> this process's share
 
     def lap(self, name: str) -> None:
         """Note the seconds since the last lap."""
@@ -42,9 +43,14 @@ class Sums:
         self.seconds[name], self.start = now - self.start, now
 
     def add(self, nats, weights, lengths, stats) -> None:
-        """nats, weights, and entropy and gap in stats: (N,). lengths (B,): tokens of each row."""
+        """nats, weights, and entropy and gap in stats: (N,). lengths (B,): tokens of each row.
+
+        No gap if there is no teacher.
+        """
         self.loss += float((nats * weights).sum())
         self.entropy += float((stats["entropy"] * weights).sum())
+        if "gap" not in stats:
+            return
         place = torch.cat([torch.arange(n, device=nats.device) < n / 2 for n in lengths.tolist()])
         self.front += float(stats["gap"][place].sum())
         self.back += float(stats["gap"][~place].sum())
@@ -60,12 +66,14 @@ def metrics_of(step: int, parts: list[Sums], answers: list[dict]) -> dict:
     lengths = torch.tensor([answer["length"] for answer in answers])
     stopped = torch.tensor([answer["stopped"] for answer in answers])
     tokens, norm, seconds = int(lengths.sum()), parts[0].gradient_norm, parts[0].seconds
-    return {"step": step, "loss": loss, "entropy": entropy, "gap_front": front / max(1, n_front),
-            "gap_back": back / max(1, n_back), "length": float(lengths.float().mean()),
+    return {"step": step, "loss": loss, "entropy": entropy,
+            "gap_front": front / n_front if n_front else None,
+            "gap_back": back / n_back if n_back else None, "length": float(lengths.float().mean()),
             "tokens": tokens, "cut_off": float((~stopped).float().mean()),
             "hint_rows": sum(n > 0 for n in hints), "hint_count": sum(hints),
             "gradient_norm": norm if math.isfinite(norm) else None,            # JSON has no NaN
             "skipped": int(not math.isfinite(norm)),
+            **{name: sum(part.extra[name] for part in parts) for name in parts[0].extra},
             **{f"{name}_seconds": round(s, 3) for name, s in seconds.items()},
             **{f"{name}_tokens_per_second": round(tokens / s) for name, s in seconds.items()}}
 

@@ -6,7 +6,7 @@ micro-batch, and its hidden states wait in CPU memory until the student has read
 Nothing is copied back: scoring changes no weight.
 
 In:  a teacher, the student's device, and how a micro-batch is read.
-Out: what distill.teacher_states yields: rows, hidden states (N, D), head (V, D).
+Out: what teacher.teach yields: rows, hidden states (N, D), head (V, D).
 Left out: an averaged teacher, which changes at every step and must stay beside the student.
 """
 from __future__ import annotations
@@ -35,7 +35,7 @@ def brought(model, device):
 
 
 def teach(device, teacher, groups, read):
-    """distill.teacher_states for a teacher that is elsewhere: one visit, then the states wait."""
+    """teacher.teach for a teacher that is elsewhere: one visit, then its states wait."""
     head = teacher.lm_head.weight.to(device)
     with brought(teacher, device), at_work(teacher):
         waiting = [(rows, read(teacher, rows).cpu()) for rows in groups]

@@ -14,7 +14,6 @@ from PIL import Image, ImageChops, ImageStat
 from analysis import figures
 from conftest import ROOT
 from data import toy
-from rollout import append_response
 from teacher import hint
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -79,9 +78,8 @@ def test_what_the_tour_says_of_where_the_token_comes_from(tour):
     assert (why[rows, 0] > 0).all() and (why[rows, 2] < -0.5).all()
     answers, of_answer = names["answers"], []
     for asked in (names["hinted"], names["prompt"]):       # the nats of privilege, added up anew
-        batch = append_response(names["processor"].batch([asked]), answers.ids, answers.lengths)
         with torch.no_grad():
-            log_p = names["teacher"](**batch).logits[0, :-1].log_softmax(-1)[-len(spoken):]
+            log_p = names["teacher"](**names["join"]([asked], answers)).logits[0, :-1].log_softmax(-1)[-len(spoken):]
         of_answer.append(float(log_p.gather(1, answers.ids[0, :, None]).sum()))
     assert float(why[:, 0].sum()) == pytest.approx(of_answer[0] - of_answer[1], abs=1e-3)
 
@@ -175,12 +173,12 @@ def test_tokens_of_each_kind(loaded, records):
     assert sum(found[1]["column number"]) > 0.01
 
 
-def test_which_tokens_needs_kept_students_and_the_start_as_teacher(tmp_path):
-    for teacher, kept in (("self", False), ("ema", True)):
+def test_which_tokens_needs_a_finished_run_whose_teacher_is_the_start(tmp_path):
+    for teacher, finished in (("self", False), ("ema", True)):
         (tmp_path / "args.json").write_text(json.dumps({"teacher": teacher}))
-        if kept:
-            (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
-        with pytest.raises(ValueError, match=f"{kept:d} kept students, teacher {teacher}"):
+        if finished:
+            (tmp_path / "checkpoint").mkdir()
+        with pytest.raises(ValueError, match=f"a finished run with --teacher self, not {teacher}"):
             which_tokens.measure(tmp_path, 1)
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import cue_recovery
-from analysis import probe
+from analysis import baselines, probe
 from conftest import ROOT
 from scale.checkpoint import write_json
 
@@ -54,6 +54,19 @@ def test_the_states_are_those_that_the_layers_read(tiny, records, sink):
     assert not model.model.language_model.norm._forward_pre_hooks
 
 
+@pytest.mark.parametrize("sink", ["first", "last"])
+def test_blind_queries_look_at_all_tokens_alike(tiny, records, sink):
+    """With queries of 0 each token shares its attention evenly; with the model's own it does not."""
+    model, processor = tiny
+    *own, even = probe.attention_on(model, processor, records[:2], sink, limit=5)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_norm.weight.data.zero_()
+    *blind, again = probe.attention_on(model, processor, records[:2], sink, limit=5)
+    assert len(own) == len(model.model.language_model.layers)
+    assert blind == pytest.approx([again] * len(blind)) and own != pytest.approx([even] * len(own))
+
+
+
 def test_a_runs_checkpoint_is_probed_on_the_runs_own_records(tmp_path, monkeypatch):
     """It is not the tiny model's folder, so a world of a real model's size was drawn for it."""
     (tmp_path / "checkpoint").mkdir()
@@ -72,6 +85,8 @@ def test_the_grid_is_made_of_flags_that_exist():
     lines = (ROOT / "analysis" / "grid.sh").read_text().split('arms="')[1].split('"')[0]
     arms = [line.split() for line in lines.strip().splitlines()]
     assert len(arms) == len({name for name, *_ in arms}) >= 9
-    for _, *flags in arms:
+    for _, seeds, *flags in arms:
+        assert set(seeds.split(",")) <= {"0", "1", "2"}
+        flags = flags[flags[0] in baselines.METHODS:]
         config, _ = distill.read_config([*flags, "--seed", "0", "--name", "x", "--eval-every", "0"])
         assert config.eval_every == 0

@@ -83,7 +83,7 @@ def padded_share(processor, prompts, hinted, responses, groups) -> tuple[float, 
     for rows in groups:
         answered = sum(len(responses[row]) for row in rows)
         for side in (hinted, prompts):
-            states = distill.response_states(processor, responses, distill.last_hidden_state, side,
+            states = distill.response_states(processor, responses, qwen.last_hidden_state, side,
                                              counter, rows)
             assert len(states) == answered
             real += sum(len(side[row].ids) for row in rows) + answered
@@ -112,7 +112,7 @@ def test_a_row_is_as_wide_as_itself(loaded):
     _, processor = loaded
     prompts = [qwen.Prompt([5] * 100), qwen.Prompt([5] * 10)]
     counter = Counter()
-    distill.response_states(processor, [[7] * 10, [7] * 100], distill.last_hidden_state, prompts,
+    distill.response_states(processor, [[7] * 10, [7] * 100], qwen.last_hidden_state, prompts,
                             counter, [0, 1])
     assert counter.seen == [(2, 110)]
 
