@@ -16,6 +16,7 @@ Use it alone (imports torch, and safetensors to save):
     cue = attach(model, every=5)         # the model's logits are still exactly what they were
     with cue.prompt(end): model(...)     # sink="last" only: where the prompt of a training row ends
     cue.save("cue_recovery.safetensors"); cue.detach()
+While it is attached, model.save_pretrained writes the module's weights too: detach() it first.
 
 Departures from the paper and its release
 1) W_O starts at zero: at step 0 the student is the base model, exactly.
@@ -254,6 +255,9 @@ def attach(model, every: int = 5, seed: int = 0, sink: str = "first") -> CueReco
         raise ValueError(f"sink {sink!r}, expected first or last")
     if getattr(model, "cue_recovery", None) is not None:
         raise ValueError("this model has a cue recovery module already; detach() it first")
+    if not hasattr(getattr(model, "model", None), "language_model"):
+        raise ValueError(f"{type(model).__name__} has no model.language_model: the module needs a "
+                         "Qwen3-VL model, with pictures to ask")
     depth = len(model.model.language_model.layers)
     if every < 1 or depth < 2:
         raise ValueError(f"every={every} with {depth} decoder layers leaves no place for a block")

@@ -507,6 +507,9 @@ def test_bad_attachments_are_refused(tiny):
     with pytest.raises(ValueError, match="with 1 decoder layers"):
         attach(model)
     assert not hasattr(model, "cue_recovery") and hook_count(model) == 0
+    text_only = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear has no model.language_model"):
+        attach(text_only)
 
 
 def test_input_embeddings_are_refused(awake, ragged):
