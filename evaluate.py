@@ -73,7 +73,7 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
     batch_size: rows that run at a time. In a group of four times as many, prompts wait for the
     places of rows that stop.
     hint(record): the privileged line, or None. done: ids that need no answer any more; a group
-    with no other record is left out, and the others are drawn as if it had not been.
+    with no other record is skipped, and skipping it does not change the other groups' samples.
     A row: id, question, gold, response, correct, extracted, rule, reason, stopped, length (tokens),
     grounded where the record lists its objects, group and meta where a benchmark has them.
     """
