@@ -427,7 +427,7 @@ def test_pitfall_15_what_cannot_be_read_is_refused_by_name(loaded, tmp_path, con
 
 
 @pytest.mark.parametrize("record, message", [
-    ({"images": "/tmp/a.png", "question": "?"}, "record ?: images must be a list, not '/tmp/a.png'"),
+    ({"images": "/a.png", "question": "?"}, "record ?: images must be a list, not '/a.png'"),
     ({"images": [], "id": "7"}, "record 7 has no question")])
 def test_a_record_by_hand_is_told_what_it_lacks(processor, record, message):
     """A path that is no list was "cannot read picture /", a missing question a bare KeyError."""

@@ -72,7 +72,7 @@ def test_a_runs_checkpoint_is_probed_on_the_runs_own_records(tmp_path, monkeypat
     (tmp_path / "checkpoint").mkdir()
     write_json(tmp_path / "args.json", {"data": "a.jsonl", "eval_data": "b.jsonl", "max_pixels": 9})
     read, loaded = [], {}
-    monkeypatch.setattr(probe.record_files, "load", lambda path, needs: read.append(str(path)) or [])
+    monkeypatch.setattr(probe.record_files, "load", lambda path, _: read.append(str(path)) or [])
     monkeypatch.setattr(probe, "load", lambda *_, **options: loaded.update(options) or (None, None))
     with pytest.raises(SystemExit, match="no word stands"):
         probe.main(["--model", str(tmp_path / "checkpoint")])
