@@ -108,7 +108,6 @@ def at_work(teacher):
                 module.training = training
 
 
-@torch.no_grad()
 def teach(teacher, groups, read):
     """Yields each micro-batch's rows, the teacher's states (N, D) for them, and its head (V, D).
 
@@ -121,6 +120,7 @@ def teach(teacher, groups, read):
         yield rows, states, teacher.lm_head.weight
 
 
+@torch.no_grad()
 def update_ema(teacher, student, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, in place; decay 0.99 moves it slowly.
 

@@ -355,6 +355,6 @@ def halved_if_too_large(take, config, student, scale):
     print(f"\nout of memory: going on with --sample-batch {config.sample_batch} "
           f"--micro-batch-tokens {config.micro_batch_tokens}", flush=True)
     student.zero_grad(set_to_none=True)
-    return take()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return take()
