@@ -21,8 +21,8 @@ While it is attached, model.save_pretrained writes the module's weights too: det
 Departures from the paper and its release
 1) W_O starts at zero: at step 0 the student is the base model, exactly.
 2) Block.absorbed computes what Block.textbook does, with the same weights and about a hundredth of
-   the multiplications at 1,782 visual tokens; they are tested equal in float64. On a CPU it takes
-   about half the time. On a GPU the textbook is the faster one: a block as wide as the 2B's, with
+   the multiplications at 1,782 visual tokens; they are tested equal in float64. On a CPU it is the
+   faster one by far (docs/speed.md); on a GPU the textbook is: a block as wide as the 2B's, with
    backward, takes 1.9 ms against 3.2 for one row, 2.2 against 3.3 for eight (H200, bf16).
 3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its
    DeepStack addition), and never behind the last layer, where no token could read the sink any
@@ -93,8 +93,8 @@ class Block(nn.Module):
 
             q . (W_K x_j) = (W_K^T q) . x_j        sum_j a_j W_V x_j = W_V (sum_j a_j x_j)
 
-        Project the one query and the one mean, not N tokens. RMSNorm moves along: its gain is a
-        diagonal, its 1/rms one number per token, in float32 at least, without such a copy of v.
+        Project the one query and the one mean, not N tokens. RMSNorm factors out: a diagonal gain
+        and one 1/rms per token, in at least float32 without copying v to it.
         """
         W_K, W_V = (W.weight.unflatten(0, q.shape[1:]) for W in (self.key, self.value))  # (H, d, D)
         gain, exact = self.visual_norm.weight, torch.promote_types(v.dtype, torch.float32)

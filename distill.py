@@ -9,9 +9,10 @@
 
 The idea.  The student answers its own prompts; a teacher that was also told what is relevant in the
 picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled toward the teacher
-token by token. At inference nothing is changed: no hint, the picture must do.
+token by token. Inference is unchanged: there is no hint, only the picture.
 
-In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint for AutoModel.
+In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint for
+AutoModelForImageTextToText.
 Read training_step first. What is not the method (memory, saving, several processes) is in scale/.
 
 The one equation (eq. 6-8, with the exact divergence in place of its one-sample estimate):
@@ -161,7 +162,8 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     """
     # 1) prompts: what the student sees, and the same with the privilege
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
-    sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
+    sums = Sums()                                       # the clock of a step starts here
+    K = config.samples_per_prompt
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
     with scale.sampling(student):
         rollout = sample_responses(student, processor, prompts, uniforms, config, scale.decoder)
@@ -170,8 +172,7 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
     responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
     prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))
     groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
-    if scale.even_out:
-        groups = scale.even_out(groups, prompts, hinted, responses)
+    groups = scale.even_out(groups, prompts, hinted, responses)
     read = partial(response_states, processor, responses, scale.hidden)
     student.train()
     for rows, teacher_hidden, teacher_head in scale.teach(teacher, groups, partial(read, hinted)):
@@ -196,14 +197,14 @@ def training_step(student, teacher, processor, records: list[dict], uniforms, co
 
 def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
     """What the student sees of each record, and what the teacher; a picture is decoded once."""
-    # with a view the teacher's pictures are others, else both share the pixels of one prompt
+    # with a view the teacher has its own pictures; otherwise both prompts share their pixels
     others = ([teaching.seen(r, privilege) for r in records]
               if "teacher_images" in teaching.NEEDS[privilege] else [])
-    with ThreadPoolExecutor() as pool:        # Pillow and numpy leave Python to the other threads
+    with ThreadPoolExecutor() as pool:        # Pillow and numpy release the GIL
         prompts = list(pool.map(processor.prompt, records + others))
     if read_pictures:
         prompts = read_pictures(prompts)
-    prompts, shown = prompts[:len(records)], prompts[len(others):]
+    prompts, shown = prompts[:len(records)], prompts[-len(records):]
     return prompts, [processor.prompt(record, teaching.hint(record, privilege), pictures_from=of)
                      for record, of in zip(records, shown)]
 
@@ -228,8 +229,8 @@ def sample_responses(student, processor, prompts, uniforms, config, decoder) -> 
 def uniform_numbers(config, step: int) -> torch.Tensor:
     """(B, K, max_new_tokens) in [0, 1): for the whole step at once, from (seed, step).
 
-    So a token does not depend on how the step is cut into batches or over processes, and a resumed
-    run draws it again.
+    So tokens do not depend on batching or on the number of processes, and a resumed run redraws
+    them.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     return torch.rand(config.batch_size * config.samples_per_prompt, config.max_new_tokens,
@@ -277,12 +278,12 @@ def response_states(processor, responses, hidden, prompts, model, rows) -> torch
 # ---------------------------------------------------------------------------- the run
 
 def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
-    """The records of this step: an endless reading in epochs, each shuffled by (seed, epoch)."""
+    """This step's records: epoch follows epoch, each shuffled by (seed, epoch)."""
     places = (divmod(n, len(records)) for n in range(step * size, (step + 1) * size))
     return [records[order_of(epoch, len(records), seed)[place]] for epoch, place in places]
 
 
-@lru_cache(2)          # of a million records an order takes a second
+@lru_cache(2)          # shuffling a million records takes a second
 def order_of(epoch: int, count: int, seed: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
@@ -304,21 +305,21 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
 
 
 def answer_gain(teacher, processor, test, config, scale) -> float:
-    """Nats per test record that the privilege is worth to the teacher, without sampling a token:
+    """How much likelier the privilege makes the answer to the teacher, in nats per record:
     log p(answer | privilege) - log p(answer), the answer read as "\\boxed{...}"."""
     records = sharding.share(test)
     prompts, hinted = read_prompts(processor, records, config.privilege)
     responses = [processor.encode(f"\\boxed{{{r['answer']}}}") for r in records]
     groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
-    if scale.even_out:
-        groups = scale.even_out(groups, prompts, hinted, responses)
+    groups = scale.even_out(groups, prompts, hinted, responses)
     read, gain = partial(response_states, processor, responses, scale.hidden), 0.0
     told = [states for _, states, _ in scale.teach(teacher, groups, partial(read, hinted))]
-    for rows, plain, head in scale.teach(teacher, groups, partial(read, prompts)):
-        stats, hidden = {}, told.pop(0)
+    untold = scale.teach(teacher, groups, partial(read, prompts))
+    for (rows, plain, head), hinted_states in zip(untold, told):
+        stats = {}
         tokens = [t for row in rows for t in responses[row]]
         with torch.no_grad():
-            distill_loss(plain, hidden, head, head, stats=stats,
+            distill_loss(plain, hinted_states, head, head, stats=stats,
                          tokens=torch.tensor(tokens, dtype=torch.long, device=plain.device))
         gain += float(stats["gap"].sum())
     return sharding.total(gain) / len(test)
@@ -331,9 +332,9 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     if before:
         return before
     test = test[:config.before_limit or None]
-    clock = time.perf_counter()
+    began = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
-    clock = time.perf_counter() - clock
+    seconds = time.perf_counter() - began
     print("base     " + evaluate.line(base))
     taught, useless = {}, False
     if config.privilege != "none":
@@ -354,7 +355,7 @@ def evaluate_before(student, teacher, processor, test, config, scale, folder) ->
     before = {"base": base, "teacher": taught, "rows": rows}
     if sharding.is_main():
         checkpoint.write_json(path, before)
-    return before | {"seconds": clock / len(test)}                  # of one answer
+    return before | {"seconds": seconds / len(test)}                  # of one answer
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
@@ -427,7 +428,7 @@ def main(argv=None, method=None) -> None:
         if config.plan:
             return print(plan.report(config))
         sharding.start(config.device)
-        config = sharding.from_main(config)     # its name may have the time in it, which differs
+        config = sharding.from_main(config)     # a default name has the time in it: ranks differ
         folder = resume or Path("runs") / config.name
         with identity.owned(folder, new=not resume):
             run(config, folder, resume, method)
@@ -435,7 +436,7 @@ def main(argv=None, method=None) -> None:
 
 def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     """All of a run, in a folder that is its own: check, load, train, evaluate."""
-    started = time.monotonic()                  # a clock that nobody sets
+    started = time.monotonic()                  # immune to clock changes
     with sharding.main_first():
         processor = checks.check_models(config)
         train, test, dev = checks.check_data(config, processor)

@@ -43,7 +43,7 @@ from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
 
-GROUP = 4                # batches that share their places, and are saved together
+GROUP = 4                # batches sampled as one queue and saved together
 VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
 MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
          "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
@@ -116,7 +116,7 @@ def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
 # ---------------------------------------------------------------------------- count
 
 def summarise(rows: list[dict]) -> dict:
-    """n, accuracy and its interval, and the shares unparsed, cut off and saying "hint"."""
+    """n, accuracy and interval, shares unparsed and cut off, mean length, hint counts, grounded."""
     n = len(rows)
     right = sum(row["correct"] for row in rows)
     hints = [count_hints(row["response"]) for row in rows]
@@ -173,7 +173,7 @@ def main(argv=None) -> None:
 
 
 def answers_kept(out: str) -> str:
-    """What of an evaluation that ends now is on the disk."""
+    """What an evaluation that ends now leaves on disk."""
     rows = len(read_jsonl(Path(out))) if out else 0
     return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
 

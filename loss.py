@@ -2,8 +2,8 @@
 
 The idea.  Student and teacher have read the same response. At each of its N tokens each model holds
 a hidden state, from which its lm_head makes V logits. The divergence of the two distributions is
-exact: over the whole vocabulary, at temperature 1. It stands here twice. First on the board: whole
-(N, V) tensors, two or three lines a function. Then distill_loss, with the same values and gradients
+exact: over the whole vocabulary, at temperature 1. It is written twice. First plainly: whole (N, V)
+tensors, two or three lines a function. Then distill_loss, with the same values and gradients
 but no (N, V) tensor: V is 151,936, so the logits of 1,024 tokens are 0.6 GB a copy. It makes them a
 chunk at a time, and their gradient at once: logits are neither kept nor computed twice.
 
@@ -14,8 +14,8 @@ The one equation.  With p = softmax(student logits), the gradient in the logits:
     forward_kl  p - p_T     reverse_kl  p (log p - log p_T - KL)     sampled  A_n (p - onehot(y_n))
 
 Why `sampled` and `reverse_kl` are one objective: the mean of the sampled gradient over y ~ p is the
-gradient of reverse_kl (E[onehot] = p, E[A] = -KL); a test checks it. The exact form has no noise
-from the current token; the noise of the sampled prefix stays.
+gradient of reverse_kl (E[A] = -KL, E[A onehot] = p (log p_T - log p)); a test checks it. The exact
+form has no noise from the current token; the noise of the sampled prefix stays.
 
 Use it alone: imports torch only.
 Left out: temperatures other than 1, clamps on single entries of the vocabulary (they flip
@@ -34,7 +34,7 @@ ROWS = 16        # tokens between the matrix products: four (16, V) float32 tens
 WORDS = 2048     # of the head's gradient in bf16: one (2048, 2048) tensor is 8 MB
 
 
-# On the board. Autograd finds the gradients.
+# The plain form. Autograd finds the gradients.
 
 def kl(log_a, log_b):
     """KL(a || b) of two log-distributions (N, V): (N,) nats."""
@@ -65,7 +65,7 @@ def sampled(log_p, log_q, tokens):
 # The same by hand, a chunk at a time.
 
 def divergence(log_p, log_q, kind: str, tokens=None):
-    """The function of that name on the board: nats (n,), and d nats / d student logits (n, V).
+    """The plain function of that name: nats (n,), and d nats / d student logits (n, V).
 
     Works in place where it can: at most two (n, V) tensors beside the two that came in (jsd three).
     """
@@ -78,7 +78,7 @@ def divergence(log_p, log_q, kind: str, tokens=None):
         weighted = (log_p - log_q).mul_(p)
         nats = weighted.sum(-1)
         return nats, weighted.addcmul_(p, nats[:, None], value=-1)
-    if kind == "jsd":                        # what the mean itself adds to the gradient is zero
+    if kind == "jsd":                        # the gradient through the mean is zero
         log_mean = torch.logaddexp(log_p, log_q).sub_(math.log(2))
         nats, slope = divergence(log_p, log_mean, "reverse_kl")
         return 0.5 * (nats + kl(log_q, log_mean)), slope.mul_(0.5)
@@ -167,7 +167,7 @@ def distill_loss(student_hidden, teacher_hidden, student_head, teacher_head, kin
     """Divergence between teacher and student at each of N response tokens: (N,) nats per token.
 
     student_hidden (N, D), teacher_hidden (N, D'): last hidden states *at the position before* each
-    token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: a name on the board.
+    token. student_head (V, D), teacher_head (V, D'): lm_head weights. kind: a plain one's name.
     chunk: tokens whose logits exist at one time: the peak is little above two (chunk, V) tensors.
     weights (N,): what the caller multiplies the result with before summing, needed for the head's
       gradient only (default: all alike, as for .sum() or .mean()); other weights raise in backward.

@@ -1,8 +1,8 @@
 """model.py - Qwen3-VL in and out: load a checkpoint, build prompts id by id, batch them.
 
-The idea.  Everything the method feeds to a Qwen3-VL is made here, by hand, from four files of the
-checkpoint's folder: config.json, tokenizer.json, preprocessor_config.json, generation_config.json.
-A prompt is a list of token ids and, for each picture, a stack of flattened patches:
+The idea.  All that the method feeds to a Qwen3-VL is made here, by hand, from the small JSON
+files of the checkpoint's folder. A prompt is a list of token ids and, for each picture, a stack of
+flattened patches:
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n
@@ -10,7 +10,7 @@ A prompt is a list of token ids and, for each picture, a stack of flattened patc
     [\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n[<think>\\n, where the checkpoint's own chat template ends so]
 
-In:  a record {"images": [paths or PIL images], "question": str} with, if it likes, "instruction"
+In:  a record {"images": [paths or PIL images], "question": str} and optionally "instruction"
      (how to answer), and a hint for the teacher; a video is {"video": [frames], "fps": 2.0}, or
      with "seconds", the time of each frame.
 Out: Prompt(ids, pixels, grids); batch() pads several into the keyword arguments of the model.
@@ -55,7 +55,7 @@ SYSTEM = "You are a helpful assistant."  # PAPER table 4
 INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    # to be graded
 PIXELS = 56 * 56, 28 * 28 * 1280     # fewest and most of a picture where a checkpoint names none
 VIDEO_PIXELS = 25_165_824    # of all frames of a video together, the checkpoints' own limit
-BIG = 16_000_000             # pixels of a picture that is decoded when no other such one is
+BIG = 16_000_000             # pictures above so many pixels are decoded one at a time
 DECODER = ThreadPoolExecutor(1)        # for pictures above BIG
 TINY = Path(__file__).resolve().parent / "data" / "tiny-qwen3-vl"
 CUE_FILE = "cue_recovery.safetensors"

@@ -1,7 +1,7 @@
 """rollout.py - the hand-written sampling loop: the student answers its own prompts.
 
 The idea.  On-policy distillation trains on what the student itself says. `sample` reads a batch of
-left-padded prompts once (prefill) and then draws one token a row and step, until a row emits a stop
+left-padded prompts once (prefill), then draws one token per row per step until a row emits a stop
 id or reaches the limit. A row that has stopped leaves the batch, and a prompt that waits may take
 its place. Several samples of one prompt share its prefill.
 
@@ -13,19 +13,19 @@ In:  the model, the keyword arguments of its forward call (input_ids, attention_
      ...), the sampling settings, a seeded generator.
 Out: Rollout(ids, lengths, stopped, logprobs).
 
-The one equation.  p(token) ~ softmax(logits' / temperature), logits' = logits after the penalties
-and bans, cut to the top k and the nucleus of mass p, in this order. A token is drawn by inverting
-the cumulative distribution at one uniform number per row and step:  first token with cdf > u.
+The one equation.  p(token) ~ softmax(logits' / temperature), cut to its top k, then to its nucleus
+of mass p; logits' = logits after penalties and bans. A token is drawn by inverting the cumulative
+distribution at one uniform number per row and step:  first token with cdf > u.
 
-Two decoders.  What the loop needs of a model is three methods: read prompts, one step, keep these
-rows. PlainDecoder below has them on the model's own cache, so this file works alone (torch only;
-Qwen3-VL of transformers 5.4 and later). scale/decoder.py has a faster one, with the same tokens:
-sample(model, batch, ..., decoder=FastDecoder).
+Two decoders.  What the loop needs of a model is three methods (read prompts, one step, keep these
+rows) and one flag, joins. PlainDecoder below has them on the model's own cache, so this file works
+alone (torch only; Qwen3-VL of transformers 5.4 and later). scale/decoder.py has a faster one, with
+the same tokens: sample(model, batch, ..., decoder=FastDecoder).
 
 Choices a reader may wonder about:
 1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
    tokens do not depend on when its neighbours stop, and a seed gives the same draws anywhere.
-   Given as `uniforms`, they do not depend on how the prompts are cut into batches either.
+   With more=, or prompts cut into other batches, that holds only for numbers given as `uniforms`.
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
 3) Penalties look at generated tokens only, never at the prompt (as vLLM's presence penalty does).
@@ -46,7 +46,7 @@ from torch.nn.functional import pad
 # Dimension letters: B prompts, K samples of each, R rows still running (of B K), L prompt tokens,
 # T response tokens, V vocabulary.
 
-JOIN = 8         # waiting prompts are read when one place in so many is free
+JOIN = 8         # waiting prompts are read when 1 / JOIN of the places is free
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -55,10 +55,10 @@ class Rollout:
     """Sampled responses, on the model's device. Of K samples a prompt, B K rows: row b K + k is
     sample k of prompt b.
 
-    ids       (B, T) int64, right-padded with the pad id; T is the longest response
-    lengths   (B,) int64, scored tokens a row, the stop token included
-    stopped   (B,) bool, False where the row was cut off by max_new_tokens
-    logprobs  (B, T) float32, log-probability of each token under the distribution it was drawn from
+    ids       (B K, T) int64, right-padded with the pad id; T is the longest response
+    lengths   (B K,) int64, scored tokens a row, the stop token included
+    stopped   (B K,) bool, False where the row was cut off by max_new_tokens
+    logprobs  (B K, T) float32, log-probability of each token under what it was drawn from
               (at temperature 0: under the untempered softmax), 0 at padding
     """
     ids: torch.Tensor
@@ -153,7 +153,7 @@ def sample(model, batch, *, max_new_tokens: int, temperature: float = 1.0, top_p
     none = torch.zeros(0, max_new_tokens, device=device)
     out = Rollout(none.long(), none[:, 0].long(), none[:, 0].bool(), none)
     # of each row that runs, (R,): its place in the result, and how many tokens it has drawn
-    at, drawn, step = out.lengths, out.lengths, 0
+    at, drawn, step = none[:, 0].long(), none[:, 0].long(), 0
     modes = [(module, module.training) for module in model.modules()]   # a frozen part may differ
     decoder = decoder(model.eval())
     try:

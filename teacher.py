@@ -116,7 +116,7 @@ def teach(teacher, groups, read):
     for rows in groups:
         with at_work(teacher):
             states = read(teacher, rows)
-        # out of at_work: if the teacher is the student, its module is on again while that one reads
+        # after at_work: if teacher and student are one model, the student reads with its module on
         yield rows, states, teacher.lm_head.weight
 
 

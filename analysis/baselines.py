@@ -54,7 +54,7 @@ from scale.measure import Sums  # noqa: E402
 
 def supervised(student, teacher, processor, records: list[dict], uniforms, config: distill.Config,
                step: int, optimizer, scale: distill.Scale) -> tuple[Sums, Rollout]:
-    """Off-policy distillation. As distill.training_step, but the teacher answers (part 2)."""
+    """Off-policy distillation. As distill.training_step, but the teacher answers (step 2)."""
     if config.loss == "sampled":
         raise ValueError("--loss sampled estimates a divergence from the student's own tokens; "
                          "supervised has the teacher's: choose another --loss")
@@ -71,8 +71,7 @@ def supervised(student, teacher, processor, records: list[dict], uniforms, confi
     responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
     prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))
     groups = distill.micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
-    if scale.even_out:
-        groups = scale.even_out(groups, prompts, hinted, responses)
+    groups = scale.even_out(groups, prompts, hinted, responses)
     read = partial(distill.response_states, processor, responses, scale.hidden)
     student.train()
     for rows, teacher_hidden, teacher_head in scale.teach(teacher, groups, partial(read, hinted)):
@@ -120,8 +119,7 @@ def grpo(student, teacher, processor, records: list[dict], uniforms, config: dis
     # 4) score: log p of the tokens, pushed up where A > 0 and down where A < 0; backward
     prompts = [p for p in prompts for _ in range(K)]
     groups = distill.micro_batches(prompts, prompts, responses, config.micro_batch_tokens)
-    if scale.even_out:
-        groups = scale.even_out(groups, prompts, list(prompts), responses)
+    groups = scale.even_out(groups, prompts, list(prompts), responses)
     student.train()
     for rows in groups:
         hidden = distill.response_states(processor, responses, scale.hidden, prompts, student,

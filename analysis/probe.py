@@ -10,8 +10,8 @@ Out: a table, one row per layer: balanced accuracy on the test records, averaged
      (50 % is chance, however frequent a fact is); and who reads it: the share of their attention
      that the tokens of the model's own answers give to the sink.
 
-The one equation (ridge regression, closed form; a column of Y in {-1, +1} a fact, X standardised):
-    W = (X^T X + lambda n I)^-1 X^T Y,     predicted: the sign of X W
+The one equation (ridge regression in closed form, for each fact; y in {-1, +1}, X standardised):
+    w = (X^T B X + lambda n I)^-1 X^T B y,    the guess: sign of X w.    B: classes weigh the same
 
 Run
     python analysis/probe.py --model runs/NAME/checkpoint       the sink that the run trained with
@@ -75,8 +75,8 @@ def sink_states(model, processor, records: list[dict], sink: str, batch_size: in
 
 @torch.no_grad()
 def attention_on(model, processor, records: list[dict], sink: str, limit: int = 96) -> list:
-    """Of each layer: the share of its attention that a token of a greedy answer gives to the sink,
-    mean over heads, tokens and records; last, what it would be if all columns were alike."""
+    """Per layer: the share of attention that the tokens of a greedy answer give to the sink, mean
+    over heads, tokens and records; last, the share under uniform attention."""
     kind, shares = model.config._attn_implementation, []
     for record in records:
         prompt = processor.prompt(record)
@@ -168,7 +168,8 @@ def main(argv=None) -> None:
                         record_files.load(p, ("cue",))[:args.limit or None]]
                        for p in (path, scored))
         model, processor = load(args.model, None, args.device or None,
-                                **{side: own[side] or None for side in ("min_pixels", "max_pixels")})
+                                **{side: own[side] or None
+                                   for side in ("min_pixels", "max_pixels")})
     except (ValueError, OSError) as error:
         raise SystemExit(f"probe.py: {error}")
     cue = getattr(model, "cue_recovery", None)

@@ -35,7 +35,7 @@ class Scale:
     sampling: Callable = nullcontext          # around sampling: the student's weights in one place
     hidden: Callable = qwen.last_hidden_state     # (model, batch) -> last hidden states
     teach: Callable = teaching.teach          # how the teacher reads the micro-batches
-    even_out: Callable | None = None          # makes the micro-batches of several ranks alike
+    even_out: Callable = lambda groups, *lists: groups      # as many micro-batches on every rank
     read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
     method: Callable | None = None            # another step than distill.training_step
     halved: bool = False                      # a step ran out of memory before

@@ -20,7 +20,7 @@ Choices a reader may wonder about:
    time.
 2) The mask is made when prompts are read, in the form that attention uses, and each step looks at
    one more column of it. The model would prepare a plain mask anew at every step.
-3) On a GPU a step is expected to take as long as it takes to launch its kernels. The class's
+3) On a GPU a step takes as long as it takes to launch its kernels (docs/speed.md). The class's
    RMSNorm is 8 of them, F.rms_norm is one: during a step, and only on a GPU, it stands in for the
    class's. At 28 layers a step is then 837 operations instead of 1,627, counted on a simulated
    device (tests/simulated_cuda.py). This changes last digits: in bf16 the class rounds before and

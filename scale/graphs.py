@@ -1,17 +1,17 @@
 """scale/graphs.py - the decoder whose step is one launch: a CUDA graph, recorded and replayed.
 
 The idea.  A decoding step is some 900 small kernels. The GPU is done with each before the host has
-launched the next, so the launches are what a step takes: of a 2B on an H200, 14.2 ms for kernels
+launched the next, so launches set the time of a step: for a 2B on an H200, 14.2 ms for kernels
 of 3.9 ms. A CUDA graph is a list of kernels that was recorded once and is launched as a whole; such
-a step took 4.5 ms. It repeats the same kernels on the same memory, so shapes and addresses must
+a step took 4.7 ms. It repeats the same kernels on the same memory, so shapes and addresses must
 stay:
 
     rows       those that left stay as idle rows, until half of the rows are idle
     columns    attention reads the whole buffer; the mask hides what is not written yet
     column     where this token is written is a number on the device, not in the recording
 
-When one of them must change (prompts join, a buffer is full, half of the rows are idle) the step is
-recorded anew, which takes as long as a few steps.
+When one of them must change (prompts join, a buffer is full, blank columns are dropped, half of the
+rows are idle) the step is recorded anew, which takes as long as ten.
 
 In:  the model.   Out: the logits of the next token, as from PlainDecoder.
 Run: rollout.sample(model, batch, ..., decoder=GraphDecoder), or distill.py --graph-decoding.

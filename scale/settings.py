@@ -20,7 +20,7 @@ def option(default, text: str, choices=None, low=-math.inf, high=math.inf):
 
 @dataclass
 class Machine:
-    """What a run may use: memory, time, devices. None of these changes the method."""
+    """What a run may use: memory, time, devices. None is part of the method."""
     sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
                                low=0)
     micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
