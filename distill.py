@@ -153,20 +153,20 @@ def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
 
 # ---------------------------------------------------------------------------- one step
 
-def training_step(student, teacher, processor, records: list[dict], uniforms, config: Config,
-                  step: int, optimizer: Optimizer, scale: Scale) -> tuple[Sums, Rollout]:
+def training_step(student, teacher, processor, records, uniforms, config: Config, step: int,
+                  optimizer: Optimizer, scale: Scale, off_policy=False) -> tuple[Sums, Rollout]:
     """The algorithm, in the paper's four steps. Returns what was measured, and the rollout.
 
     records: B of them. uniforms (B, K, max_new_tokens): the numbers that draw the tokens.
-    scale: what scale/ adds; Scale() is the plain thing.
+    scale: what scale/ adds; Scale() is the plain thing. off_policy: the teacher answers instead.
     """
     # 1) prompts: what the student sees, and the same with the privilege
     prompts, hinted = read_prompts(processor, records, config.privilege, scale.read_pictures)
-    sums = Sums()                                       # the clock of a step starts here
-    K = config.samples_per_prompt
+    sums, K = Sums(), config.samples_per_prompt         # the clock of a step starts here
     # 2) rollout: the student answers its own prompts, K times each (eq. 6: y ~ p_theta)
-    with scale.sampling(student):
-        rollout = sample_responses(student, processor, prompts, uniforms, config, scale.decoder)
+    author, asked = (teacher, hinted) if off_policy else (student, prompts)
+    with scale.sampling(author):
+        rollout = sample_responses(author, processor, asked, uniforms, config, scale.decoder)
     sums.lap("sample")
     # 3) score: both read the same token ids; the divergence at each of them; backward
     responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]

@@ -34,9 +34,9 @@ Left out: logits by the chunk (grpo holds all of a micro-batch: a small vocabula
 """
 from __future__ import annotations
 
-import math
 import sys
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
 import evaluate  # noqa: E402
 import teacher as teaching  # noqa: E402
-from loss import distill_loss  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from scale.measure import Sums  # noqa: E402
 
@@ -54,43 +53,17 @@ from scale.measure import Sums  # noqa: E402
 
 def supervised(student, teacher, processor, records: list[dict], uniforms, config: distill.Config,
                step: int, optimizer, scale: distill.Scale) -> tuple[Sums, Rollout]:
-    """Off-policy distillation. As distill.training_step, but the teacher answers (step 2)."""
+    """Off-policy distillation: distill.training_step, but the teacher answers (step 2)."""
     if config.loss == "sampled":
         raise ValueError("--loss sampled estimates a divergence from the student's own tokens; "
                          "supervised has the teacher's: choose another --loss")
-    # 1) prompts: what the student sees, and the same with the privilege in it
-    prompts, hinted = distill.read_prompts(processor, records, config.privilege,
-                                           scale.read_pictures)
-    sums, K = Sums(), config.samples_per_prompt
-    # 2) rollout: the teacher answers the hinted prompts, without module or adapters
-    with teaching.at_work(teacher), scale.sampling(teacher):
-        rollout = distill.sample_responses(teacher, processor, hinted, uniforms, config,
-                                           scale.decoder)
-    sums.lap("sample")
-    # 3) score: both read these ids, the student behind its own prompt; divergence; backward
-    responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
-    prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))
-    groups = distill.micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
-    groups = scale.even_out(groups, prompts, hinted, responses)
-    read = partial(distill.response_states, processor, responses, scale.hidden)
-    student.train()
-    for rows, teacher_hidden, teacher_head in scale.teach(teacher, groups, partial(read, hinted)):
-        student_hidden = read(prompts, student, rows)                                  # (N, D)
-        tokens = torch.tensor([t for row in rows for t in responses[row]], device=student.device)
-        lengths = torch.tensor([len(responses[row]) for row in rows], device=student.device)
-        weights = (1 / (config.batch_size * K * lengths)).repeat_interleave(lengths)   # (N,)
-        stats = {}
-        nats = distill_loss(student_hidden, teacher_hidden, student.lm_head.weight, teacher_head,
-                            config.loss, weights=weights, tokens=tokens, stats=stats)
-        if nats.requires_grad:      # not so if only the module is trained and there is no picture
-            (nats * weights).sum().backward()
-        sums.add(nats.detach(), weights, lengths, stats)
-    # 4) update: clip, AdamW; an averaged teacher follows
-    sums.gradient_norm = optimizer.step(step)
-    if config.teacher == "ema" and math.isfinite(sums.gradient_norm):
-        teaching.update_ema(teacher, student, config.ema_decay)
-    sums.lap("score")
-    return sums, rollout
+
+    @contextmanager
+    def sampling(model):                 # the teacher, without module or adapters
+        with teaching.at_work(model), scale.sampling(model):
+            yield
+    return distill.training_step(student, teacher, processor, records, uniforms, config, step,
+                                 optimizer, replace(scale, sampling=sampling), off_policy=True)
 
 
 def grpo(student, teacher, processor, records: list[dict], uniforms, config: distill.Config,

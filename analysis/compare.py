@@ -41,7 +41,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.counting import grid  # noqa: E402
 from distill import Config  # noqa: E402
-from scale.checkpoint import read_run  # noqa: E402
+from scale.checkpoint import read_run, write_json, write_jsonl  # noqa: E402
 from scale.checks import one_line  # noqa: E402
 
 # Settings that do not make another arm: the seed, names, the machine, how work is cut up.
@@ -136,14 +136,12 @@ def keep(run: Run, folder: Path) -> None:
     """A copy of a few kB in folder/NAME that compare() reads like the run: no answers, no paths,
     four digits of what a step measured."""
     folder = folder / run.folder.name
-    folder.mkdir(parents=True, exist_ok=True)
     before = {name: value for name, value in run.before.items() if name != "rows"}
     for name, part in (("args", run.args), ("before", before), ("result", run.result)):
-        part = {key: relative(value) for key, value in part.items()}
-        (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n")
-    lines = [json.dumps({name: float(f"{value:.4g}") if isinstance(value, float) else value
-                         for name, value in step.items() if name in KEPT}) for step in run.metrics]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        write_json(folder / f"{name}.json", {key: relative(value) for key, value in part.items()})
+    write_jsonl(folder / "metrics.jsonl",
+                [{name: float(f"{value:.4g}") if isinstance(value, float) else value
+                  for name, value in step.items() if name in KEPT} for step in run.metrics])
 
 
 def load_run(folder, defaults: dict | None = None) -> Run:
