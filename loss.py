@@ -88,23 +88,6 @@ def divergence(log_p, log_q, kind: str, tokens=None):
     raise ValueError(f"loss {kind!r}, expected forward_kl, reverse_kl, jsd or sampled")
 
 
-def _logits_to_gradient(student, teacher, kind, tokens, here: slice, stats) -> torch.Tensor:
-    """nats of a few rows of logits; writes the gradient over the student's, fills stats[...][here].
-
-    Matmuls want large chunks; the softmax between them wants small ones, to stay in cache.
-    """
-    exact = torch.promote_types(student.dtype, torch.float32)
-    log_p, log_q = (logits.log_softmax(-1, dtype=exact) for logits in (student, teacher))
-    tokens = None if tokens is None else tokens[here]
-    nats, slope = divergence(log_p, log_q, kind, tokens)
-    student.copy_(slope)
-    if stats is not None:
-        at = tokens[:, None]
-        stats["gap"][here] = (log_q.gather(1, at) - log_p.gather(1, at))[:, 0]
-        stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
-    return nats
-
-
 class _ChunkedDivergence(torch.autograd.Function):
     """distill_loss, with the gradients made in the forward pass, while a chunk's logits exist."""
 
@@ -112,7 +95,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weights, tokens,
                 kind, chunk, stats):
         N, (need_hidden, need_head) = len(student_hidden), ctx.needs_input_grad[:2]
-        nats = torch.empty_like(weights)                                                 # (N,)
+        nats, exact = torch.empty_like(weights), weights.dtype                           # (N,)
         grad_hidden = torch.empty_like(student_hidden) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=weights.dtype) if need_head else None
         # the two largest tensors here, written again for every chunk: (chunk, V)
@@ -122,11 +105,18 @@ class _ChunkedDivergence(torch.autograd.Function):
             student, teacher = (x[:part.stop - start] for x in logits)                   # (n, V)
             torch.mm(student_hidden[part], student_head.T, out=student)
             torch.mm(teacher_hidden[part], teacher_head.T, out=teacher)
+            # matmuls want large chunks; the softmax between them wants small ones, to stay in cache
             for row in range(0, len(student), ROWS):
                 few = slice(row, row + ROWS)
                 here = slice(start + row, min(start + row + ROWS, part.stop))
-                nats[here] = _logits_to_gradient(student[few], teacher[few], kind, tokens, here,
-                                                 stats)
+                log_p, log_q = (x[few].log_softmax(-1, dtype=exact) for x in (student, teacher))
+                said = None if tokens is None else tokens[here]
+                nats[here], slope = divergence(log_p, log_q, kind, said)
+                student[few] = slope                     # logits become their gradient
+                if stats is not None:
+                    untold, told = (x.gather(1, said[:, None])[:, 0] for x in (log_p, log_q))
+                    stats["gap"][here] = told - untold
+                    stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
             if need_hidden:
                 grad_hidden[part] = student @ student_head
             if not need_head:

@@ -316,20 +316,27 @@ class Processor:
 
     # -- one record to one prompt
 
-    def prompt(self, record: dict, hint: str | None = None,
-               pictures_from: Prompt | None = None) -> Prompt:
+    def prompt(self, record: dict, hint: str | None = None, pictures_from: Prompt | None = None,
+               decode: bool = True) -> Prompt:
         """One record as a Prompt, in Qwen3-VL's chat format: pictures, question, then the hint.
 
         With `hint` (the teacher's view) a line "[Hint]: ..." follows the question; the end of the
         prompt, the assistant header, is the same, so student and teacher answer from one place.
         pictures_from: a prompt of the same record, whose pixels are taken instead of decoding the
-        pictures again. Raises ValueError naming the record for a picture that cannot be read.
+        pictures again. decode=False reads only their headers: the ids, without pixels.
+        Raises ValueError naming the record for a picture that cannot be read.
         """
         if pictures_from is not None:
             return replace(pictures_from, ids=self._ids(record, hint, pictures_from.grids))
-        images = pictures_of(record)
+        images, where = record.get("images", []), f"record {record.get('id', '?')}"
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"{where}: images must be a list, not {images!r}")
+        if "question" not in record:
+            raise ValueError(f"{where} has no question")
         grids = [self._grid(source, record) for source in images]
         prompt = Prompt(self._ids(record, hint, grids), grids=grids)
+        if not decode:
+            return prompt
         if images:
             prompt.pixels = torch.cat([self._patches([source], grid, record)
                                        for source, grid in zip(images, grids)])
@@ -339,9 +346,8 @@ class Processor:
         return prompt
 
     def length(self, record: dict, hint: str | None = None) -> int:
-        """Tokens that prompt() will give, without decoding the pictures (only their headers)."""
-        grids = [self._grid(source, record) for source in pictures_of(record)]
-        return len(self._ids(record, hint, grids))
+        """Tokens that prompt() will give, without decoding the pictures."""
+        return len(self.prompt(record, hint, decode=False).ids)
 
     def _ids(self, record, hint, grids) -> list[int]:
         question = record["question"]
@@ -382,14 +388,12 @@ class Processor:
 
     def _grid(self, source, record, budget=math.inf) -> tuple[int, int, int]:
         """The grid of patches that a picture is resized to."""
-        budget = min(self.max_pixels, budget)
-
-        def size(image):
-            turned = image.getexif().get(0x0112) in range(5, 9)      # EXIF: it lies on its side
-            height, width = image.size if turned else image.size[::-1]
-            return fit(height, width, self.patch * self.merge, min(self.min_pixels, budget), budget)
-
-        height, width = read_picture(source, record, "read", size)
+        most = min(self.max_pixels, budget)
+        least = min(self.min_pixels, most)
+        height, width = read_picture(source, record, "read", lambda image: fit(
+            # EXIF orientations 5 to 8: it lies on its side
+            *(image.size if image.getexif().get(0x0112) in range(5, 9) else image.size[::-1]),
+            self.patch * self.merge, least, most))
         return 1, height // self.patch, width // self.patch
 
     def _patches(self, sources: list, grid: tuple[int, int, int], record) -> torch.Tensor:
@@ -470,26 +474,11 @@ class Processor:
 
     def in_turn(self, prompts, device=None):
         """A function that makes a batch of the next n of `prompts`, any iterable, or None."""
-        prompts = iter(prompts)
-
-        def read(n: int):
-            part = list(islice(prompts, n))
-            return self.batch(part, device=device) if part else None
-        return read
+        parts = iter(prompts)
+        return lambda n: self.batch(part, device=device) if (part := [*islice(parts, n)]) else None
 
 
 # ---------------------------------------------------------------------------- pictures
-
-def pictures_of(record: dict) -> list:
-    """Its images. Raises ValueError naming the record if they are no list, or without a question.
-    """
-    images, where = record.get("images", []), f"record {record.get('id', '?')}"
-    if not isinstance(images, (list, tuple)):
-        raise ValueError(f"{where}: images must be a list, not {images!r}")
-    if "question" not in record:
-        raise ValueError(f"{where} has no question")
-    return images
-
 
 def read_picture(source, record: dict, what: str, call):
     """call(picture), of a PIL image or a path. Raises ValueError("record ID: cannot WHAT picture").

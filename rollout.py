@@ -83,10 +83,26 @@ class PlainDecoder:
 
     def read(self, batch, K: int):
         """Prefill B prompts, make K rows of each. Returns (B K, V): logits of the first tokens."""
+        ids, mask, positions = map(batch.get, ("input_ids", "attention_mask", "position_ids"))
+        if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
+            raise ValueError("prompts must be left-padded: there is padding behind a token")
+        if positions is None:                                      # (3, B, L), by the model's rule
+            config = self.model.config
+            kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+            positions, _ = self.model.model.get_rope_index(
+                input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask,
+                **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})
         self.cache = None                                          # frees the last prompts' first
-        self.cache, logits, self.mask, self.position = self.prefill(batch, K)
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
+                            position_ids=positions, logits_to_keep=1,
+                            **{k: batch[k] for k in PICTURES if k in batch})
+        self.cache = getattr(output, self.cache_name)
         if K > 1:
             self.cache.batch_repeat_interleave(K)
+        after = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1          # (B,)
+        # of each row: logits (V,), mask (L,), next position
+        logits, self.mask, self.position = (x.repeat_interleave(K, dim=0) for x in (
+            output.logits[:, -1], mask, after))
         return logits
 
     @torch.inference_mode()
@@ -102,24 +118,6 @@ class PlainDecoder:
         self.cache.batch_select_indices(index)
         self.mask, self.position = self.mask[index], self.position[index]
         return rows
-
-    def prefill(self, batch, K: int):
-        """The cache (B rows), and for B K rows: logits (B K, V), mask (B K, L), next position."""
-        ids, mask, positions = map(batch.get, ("input_ids", "attention_mask", "position_ids"))
-        if not bool(mask[:, -1].all()) or bool((mask.diff(dim=1) < 0).any()):
-            raise ValueError("prompts must be left-padded: there is padding behind a token")
-        if positions is None:                                      # (3, B, L), by the model's rule
-            config = self.model.config
-            kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-            positions, _ = self.model.model.get_rope_index(
-                input_ids=ids, mm_token_type_ids=kinds, attention_mask=mask,
-                **{k: batch[k] for k in ("image_grid_thw", "video_grid_thw") if k in batch})
-        output = self.model(input_ids=ids, attention_mask=mask, use_cache=True,
-                            position_ids=positions, logits_to_keep=1,
-                            **{k: batch[k] for k in PICTURES if k in batch})
-        after = positions.masked_fill(mask == 0, -1).amax(dim=(0, 2)) + 1          # (B,)
-        rows = (x.repeat_interleave(K, dim=0) for x in (output.logits[:, -1], mask, after))
-        return getattr(output, self.cache_name), *rows
 
     def forward(self, tokens, mask):
         """Logits (R, V) behind one more token a row."""

@@ -38,6 +38,7 @@ import torch
 NEEDS = {"none": (), "answer": ("answer",), "rationale": ("rationale",), "cue": ("cue",),
          "view": ("teacher_images",), "view+cue": ("teacher_images", "cue")}
 PRIVILEGES = tuple(NEEDS)
+ADDED = "cue_recovery", "lora"      # what is attached to a model and trained beside it
 
 
 def hint(record: dict, privilege: str) -> str | None:
@@ -80,15 +81,10 @@ def freeze(model):
 def frozen_copy(student):
     """A frozen copy of the student as it is now, without the recovery module."""
     teacher = copy.deepcopy(student)
-    for part in added(teacher):
-        part.detach()
+    for name in ADDED:
+        if hasattr(teacher, name):
+            getattr(teacher, name).detach()
     return freeze(teacher)
-
-
-def added(model) -> list:
-    """What was attached to a model and is trained beside it: the module, LoRA's adapters."""
-    parts = (getattr(model, name, None) for name in ("cue_recovery", "lora"))
-    return [part for part in parts if part is not None]
 
 
 @contextmanager
@@ -99,8 +95,9 @@ def at_work(teacher):
     """
     modes = [(module, module.training) for module in teacher.modules()]     # a part may differ
     with ExitStack() as stack, torch.no_grad():
-        for part in added(teacher):
-            stack.enter_context(part.off())
+        for name in ADDED:
+            if hasattr(teacher, name):
+                stack.enter_context(getattr(teacher, name).off())
         try:
             yield teacher.eval()
         finally:

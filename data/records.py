@@ -42,6 +42,7 @@ OPTIONAL = {"cue": str, "rationale": str, "options": (list, dict), "source": str
             "teacher_images": list,     # what only the teacher sees (privilege "view")
             "video": list, "fps": NUMBER, "seconds": list,
             "answer_kind": str, "precision": int, "tolerance": NUMBER}      # how to grade it
+HELD = {"options": str, "seconds": NUMBER}      # what is in such a list
 PICTURES = ("images", "video", "teacher_images")
 ANSWER_KINDS = ("auto", "choice", "number", "math", "text", "list")         # grade.py's
 # In JSON "\frac" is a form feed and "rac": what is left of LaTeX written with one backslash. A tab
@@ -75,8 +76,7 @@ def load(path, needs: tuple[str, ...] = ()) -> list[dict]:
                 continue
             where = f"{path}:{number}"
             try:
-                record = _parse(line)
-                _check(record, needs)
+                record = _checked(line, needs)
                 for field in PICTURES:
                     if field in record:
                         record[field] = [_inside(path.parent, name) for name in record[field]]
@@ -111,7 +111,8 @@ def _number(word: str) -> int | float:
     return int(word) if word.lstrip("-").isdecimal() else value
 
 
-def _parse(line: bytes) -> dict:
+def _checked(line: bytes, needs) -> dict:
+    """One record, whose fields have their types, make sense together, and hold undamaged text."""
     try:
         record = json.loads(line, parse_constant=_no_number, parse_float=_number,
                             parse_int=_number)
@@ -120,16 +121,17 @@ def _parse(line: bytes) -> dict:
         raise ValueError(f"not valid JSON: {error}{hint}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, expected one JSON object a line")
-    return record
-
-
-def _check(record: dict, needs) -> None:
-    """Fields have their types and make sense together; no text was damaged on its way into JSON."""
-    for name, kind in (*REQUIRED.items(), *OPTIONAL.items()):
-        if name in record:
-            _typed(name, record[name], kind)
-        elif name in REQUIRED:
+    for name in REQUIRED:
+        if name not in record:
             raise ValueError(f"field {name!r} is missing")
+    kinds = [(name, record[name], kind) for name, kind in {**REQUIRED, **OPTIONAL}.items()
+             if name in record]
+    for name, value, kind in kinds:                 # grows: what a list holds is looked at after it
+        if not isinstance(value, kind) or isinstance(value, bool):      # a bool is an int to Python
+            raise ValueError(f"field {name!r} is a {type(value).__name__}: {str(value)[:40]!r}")
+        if name in HELD and value is record[name]:
+            held = value.values() if isinstance(value, dict) else value
+            kinds += [(name, part, HELD[name]) for part in held]
     for name in needs:
         if not str(record.get(name) or "").strip():
             raise ValueError(f"this run needs {name!r}, which the record lacks; "
@@ -143,15 +145,10 @@ def _check(record: dict, needs) -> None:
     if mark:
         raise ValueError(f"the question holds a literal {mark[0]}; pictures stand before the "
                          "question by themselves, so take the mark out")
-    options = record.get("options", [])
-    for option in options.values() if isinstance(options, dict) else options:
-        _typed("options", option, str)
     if "video" in record:
         frames, seconds = len(record["video"]), record.get("seconds")
         if not frames or seconds is None and "fps" not in record:
             raise ValueError('a video needs frames, and "fps" or "seconds" for their times')
-        for second in seconds or ():
-            _typed("seconds", second, NUMBER)
         if seconds is not None and len(seconds) != frames:
             raise ValueError(f"{frames} frames in 'video' but {len(seconds)} times in 'seconds'")
     if record.get("fps", 1) <= 0:
@@ -162,12 +159,7 @@ def _check(record: dict, needs) -> None:
     if record.get("answer_kind", "auto") not in ANSWER_KINDS:
         raise ValueError(f"'answer_kind' is {record['answer_kind'][:40]!r}, "
                          f"none of {', '.join(ANSWER_KINDS)}")
-
-
-def _typed(name: str, value, kind) -> None:
-    """`value` has the type; true and false are numbers to Python, but not here."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"field {name!r} is a {type(value).__name__}: {str(value)[:40]!r}")
+    return record
 
 
 def _whole(name: str, value, latex: bool) -> None:

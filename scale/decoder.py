@@ -73,14 +73,15 @@ class FastDecoder(PlainDecoder):
     def read(self, batch, K: int):
         """Prefill B prompts and put K rows of each behind those that run. Returns (B K, V)."""
         R = len(self.tokens)
-        self.cache = self.cache if R else None               # frees the last prompts' first
-        found, logits, mask, position = self.prefill(batch, K)
+        running, position = (self.cache, self.position) if R else (None, None)
+        logits = super().read(batch, K)               # cache, mask and position of the new rows
+        found, mask = self.cache, self.mask
         if not {type(layer).__name__ for layer in getattr(found, "layers", [])} == {"DynamicLayer"}:
             raise ValueError(f"FastDecoder cannot take over a {type(found).__name__} whose layers "
                              "are not all DynamicLayer: sample with rollout.PlainDecoder")
-        self.cache = self.cache or self.new_cache(len(found.layers))
-        self.cache.join(found.layers, K, R)
-        self.position = torch.cat([self.position, position]) if R else position
+        self.cache = running or self.new_cache(len(found.layers))
+        self.cache.join(found.layers, R)
+        self.position = torch.cat([position, self.position]) if R else self.position
         self.tokens += mask.sum(dim=1).tolist()
         self.norms = [] if mask.device.type == "cpu" else norms_of(self.model)
         self.mask = decode_mask(self.model, self.tokens, self.cache.get_seq_length(), mask.device)
@@ -187,10 +188,10 @@ class KVCache:
     def __init__(self, layers: int):
         self.buffers, self.lengths = [None] * layers, [0] * layers
 
-    def join(self, layers, K: int, R: int) -> None:
-        """Put a prefill's layers, each row K times, behind our R rows; the layers are emptied."""
+    def join(self, layers, R: int) -> None:
+        """Put a prefill's layers behind our R rows; the layers are emptied."""
         for i, layer in enumerate(layers):
-            both = torch.stack([layer.keys, layer.values]).repeat_interleave(K, dim=1)
+            both = torch.stack([layer.keys, layer.values])
             layer.keys = layer.values = None        # or the prompt would be held twice
             if R:
                 parts = self.buffers[i][:, :R, :, :self.lengths[i]], both
