@@ -424,13 +424,14 @@ def main(argv=None, method=None) -> None:
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)
-    with checks.one_line("distill.py"):
+    script = checkpoint.script({"method": method.__name__} if method else {})
+    with checks.one_line(script):
         if config.plan:
             return print(plan.report(config))
         sharding.start(config.device)
         config = sharding.from_main(config)     # a default name has the time in it: ranks differ
         folder = resume or Path("runs") / config.name
-        with identity.owned(folder, new=not resume):
+        with identity.owned(folder, not resume, script):
             run(config, folder, resume, method)
 
 
@@ -465,7 +466,7 @@ def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
                    before)
         finish(student, processor, test, dev, config, scale, folder, before, started)
     except torch.OutOfMemoryError:
-        raise SystemExit(checks.out_of_memory(config, folder)) from None
+        raise MemoryError(checks.out_of_memory(config, folder)) from None
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ class Example:
     before: Answer | None = None
     after: Answer | None = None
     seen: dict | None = None             # the record with the pictures that the teacher sees
+    shown: list[Image.Image] = field(default_factory=list)     # those, if they are others
 
     @property
     def title(self) -> str:
@@ -113,8 +114,7 @@ class Example:
     @property
     def told(self) -> str:
         """The privilege, in words."""
-        other = self.seen is not None and self.seen is not self.record
-        return "; ".join(filter(None, ["other pictures" * other, self.hint])) or "none"
+        return "; ".join(filter(None, ["other pictures" * bool(self.shown), self.hint])) or "none"
 
     def answers(self) -> dict[str, Answer | None]:
         return {"before training": self.before, "after training": self.after}
@@ -228,8 +228,10 @@ def ask_models(run: Run, count: int, max_new_tokens: int = 0, device: str = "",
         for n, record in enumerate(records[:count]):
             record = with_frames({"instruction": run.args.get("instruction", ""), **record})
             wrong = next((hint for hint in hints[n:] + hints[:n] if hint != hints[n]), None)
-            run.examples.append(Example(record, hints[n], tiles_of(record, processor), wrong,
-                                        seen=teaching.seen(record, config.privilege)))
+            seen = teaching.seen(record, config.privilege)
+            run.examples.append(Example(
+                record, hints[n], tiles_of(record, processor), wrong, seen=seen,
+                shown=[] if seen is record else tiles_of(seen, processor)))
         for example in run.examples:
             example.before = answer(start, teacher, processor, example, limit)
         del start
@@ -486,14 +488,16 @@ def rollouts_section(run: Run) -> str:
            "The same with a wrong hint: any hint does it. Orange without the picture (the student "
            "itself): it was seen. Point at a token or touch it for its numbers.</p>", legend()]
     for example in run.examples:
-        pictures = "".join(image_tag(tile, f"Picture {n + 1} of the question")
-                           for n, tile in enumerate(example.tiles))
+        pictures, others = (
+            "".join(image_tag(tile, f"Picture {n + 1} {whose}") for n, tile in enumerate(tiles))
+            for tiles, whose in ((example.tiles, "of the question"),
+                                 (example.shown, "as the teacher sees it")))
         said = "".join(answer_block(when.capitalize(), answer)
                        for when, answer in example.answers().items())
         out.append(f'<article><h3>{escape(example.title)}</h3><div class="asked">{pictures}'
                    f'<dl><dt>Answer</dt><dd>{escape(str(example.record["answer"]))}</dd>'
                    '<dt>Hint, for the teacher only</dt>'
-                   f'<dd>{escape(example.told)}</dd>'
+                   f'<dd>{escape(example.told)}{others}</dd>'
                    '<dt>Wrong hint, of another record</dt>'
                    f'<dd>{escape(example.wrong or "none")}</dd></dl></div>'
                    f'<div class="both">{said}</div></article>')

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import model as qwen
 import teacher as teaching
 from data import records as record_files, sources, toy
-from scale import plan, sharding
+from scale import checkpoint, plan, sharding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -46,7 +46,7 @@ def one_line(script: str, advice=lambda: ""):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         # "[Errno 2] No such file or directory: 'a'" as a sentence
         known = getattr(error, "filename", None)
         said = f"{error.filename}: {error.strerror}" if known else error
@@ -335,9 +335,9 @@ def check_memory(config) -> None:
 def out_of_memory(config, folder) -> str:
     """What to do when half the rows and half the micro-batch did not help."""
     rows, tokens = max(1, config.sample_batch // 2), max(1, config.micro_batch_tokens // 2)
-    return (f"distill.py: out of memory with --sample-batch {config.sample_batch} "
-            f"--micro-batch-tokens {config.micro_batch_tokens}; go on with less: python distill.py "
-            f"--resume {folder} --sample-batch {rows} --micro-batch-tokens {tokens}")
+    return (f"out of memory with --sample-batch {config.sample_batch} --micro-batch-tokens "
+            f"{config.micro_batch_tokens}; go on with less: {checkpoint.resume_command(folder)} "
+            f"--sample-batch {rows} --micro-batch-tokens {tokens}")
 
 
 def halved_if_too_large(take, config, student, scale):

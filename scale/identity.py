@@ -49,14 +49,14 @@ NO_PATH = ("", "self", "ema", "test")          # what stands in these settings b
 # ---------------------------------------------------------------------------- one owner
 
 @contextlib.contextmanager
-def owned(folder: Path, new: bool):
+def owned(folder: Path, new: bool, script: str = "distill.py"):
     """Around a run: nobody else writes into its folder, and whatever ends it is one line.
 
-    new: the folder must not hold a run yet. Of several processes rank 0 holds the lock. A run that
+    new: the folder must not hold a run yet. script: whose line it is. Of several processes rank 0 holds the lock. A run that
     fails before it has written its settings leaves no folder.
     """
     if not sharding.is_main():
-        with checks.one_line("distill.py"):
+        with checks.one_line(script):
             yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def owned(folder: Path, new: bool):
         if new and (folder / "args.json").exists():
             raise FileExistsError(f"{folder} exists: choose another --name, or go on with "
                                   f"--resume {folder}")
-        with checks.one_line("distill.py", lambda: how_to_go_on(folder)):
+        with checks.one_line(script, lambda: how_to_go_on(folder)):
             yield
     finally:
         with contextlib.suppress(OSError):

@@ -177,6 +177,12 @@ def test_a_run_keeps_its_method(method, other, toy_folder, tmp_path, monkeypatch
     assert report.read_run("runs/a").command.startswith(f"python analysis/baselines.py {method} --")
 
 
+def test_an_error_names_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^analysis/baselines.py grpo: nowhere.jsonl: no such"):
+        baselines.main(["grpo", "--data", "nowhere.jsonl"])
+
+
 def test_a_method_must_be_named():
     for argv in ([], ["--steps", "1"]):
         with pytest.raises(SystemExit, match="expected supervised or grpo"):

@@ -341,7 +341,8 @@ def test_a_run_with_a_view(tmp_path, monkeypatch, capsys):
                   "--privilege", "view"])
     assert "(privilege: view)" in capsys.readouterr().out
     report.main(["runs/v", "--records", "2", "--device", "cpu"])
-    assert "other pictures" in (tmp_path / "runs" / "v" / "report.html").read_text()
+    page = (tmp_path / "runs" / "v" / "report.html").read_text()
+    assert "other pictures" in page and page.count("Picture 1 as the teacher sees it") == 2
     text = (tmp_path / "w" / "train.jsonl").read_text()
     (tmp_path / "w" / "train.jsonl").write_text(text.replace("teacher_images", "x", 1))
     monkeypatch.setattr(distill, "build_models", None)
@@ -594,7 +595,8 @@ def test_half_the_rows_when_memory_runs_out_and_then_one_line(toy_folder, tmp_pa
     distill.main(command(toy_folder, "plain", "--steps", "2"))
     monkeypatch.setattr(distill, "training_step", small_memory)
     arguments = command(toy_folder, "o", "--micro-batch-tokens", "1000")
-    with pytest.raises(SystemExit, match="--resume runs/o --sample-batch 1 --micro-batch-tokens 250"):
+    with pytest.raises(SystemExit, match="^distill.py: out of memory .*: python distill.py --resume "
+                       "runs/o --sample-batch 1 --micro-batch-tokens 250"):
         distill.main([*arguments, "--steps", "3"])
     assert sizes == [(4, 1000), (4, 1000), (2, 500), (2, 500)]
     assert "going on with --sample-batch 2" in capsys.readouterr().out

@@ -218,7 +218,7 @@ class Phases:
         self.time(distill, "read_prompts", "pictures and prompts", inside=("vision, read once",))
         self.time(processor, "batch", "padding into batches")
         self.time(vision, "read_once", "vision, read once")
-        self.time(distill, "sample_all", "sampling: drawing and cache", inside=(
+        self.time(distill, "sample_responses", "sampling: drawing and cache", inside=(
             "padding into batches", "prefill: vision", "prefill: text", "decode: text"))
         self.time(distill, "distill_loss", "loss and entropy")
         self.time(optimizer, "step", "clip and AdamW")
