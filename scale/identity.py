@@ -52,8 +52,8 @@ NO_PATH = ("", "self", "ema", "test")          # what stands in these settings b
 def owned(folder: Path, new: bool, script: str = "distill.py"):
     """Around a run: nobody else writes into its folder, and whatever ends it is one line.
 
-    new: the folder must not hold a run yet. script: whose line it is. Of several processes rank 0 holds the lock. A run that
-    fails before it has written its settings leaves no folder.
+    new: the folder must not hold a run yet. script: whose line it is. Of several processes rank 0
+    holds the lock. A run that fails before it has written its settings leaves no folder.
     """
     if not sharding.is_main():
         with checks.one_line(script):
