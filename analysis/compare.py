@@ -34,7 +34,7 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -315,9 +315,15 @@ def plain(value, form: str = "", scale: float = 1) -> str:
 def markdown(rows: list[dict], notes: list[str]) -> str:
     """The table for people: one line per arm, how to read it, then the unfinished runs."""
     done = [row for row in rows if row["kind"] != "unfinished"]
+    # what most rows with a setting share is said once, below the table
+    said = Counter(part for row in done for part in row["other"].split(", ") if part)
+    of = Counter(part.partition("=")[0] for part in said.elements())
+    usual = {part for part, count in said.items() if 2 * count > of[part.partition("=")[0]]}
     columns = {
         "": lambda r: r["kind"], **{name: lambda r, n=name: plain(r[n]) for name in SHOWN},
-        "other settings": lambda r: r["other"] or "-", "seeds": lambda r: plain(r["seeds"]),
+        "other settings": lambda r: ", ".join(
+            part for part in r["other"].split(", ") if part not in usual) or "-",
+        "seeds": lambda r: plain(r["seeds"]),
         "accuracy % [95 %]": lambda r: share(r, "accuracy"),
         "gain over base": lambda r: share(r, "gain", "+"),
         "gain by the module": module_gain,
@@ -333,6 +339,8 @@ def markdown(rows: list[dict], notes: list[str]) -> str:
     text += ("\n\nStudents: mean over seeds, interval over seeds (Student's t); q: one model, "
              "interval over questions (Wilson).\nHint: rows with the word / occurrences of all "
              "answers, summed over seeds.\n")
+    if usual:
+        text += f"Other settings, where a row says nothing else: {', '.join(sorted(usual))}.\n"
     left = [row for row in rows if row["kind"] == "unfinished"]
     if left:
         text += "\nUnfinished, so not in the table:\n\n" + grid(

@@ -97,6 +97,14 @@ def test_runs_that_differ_in_a_setting_are_two_arms(tmp_path, change):
         assert f"{name}={value}" in second["other"] and f"{name}=" in first["other"]
 
 
+def test_a_setting_that_most_rows_share_is_said_once(tmp_path):
+    runs = [make_run(tmp_path, f"a{n}", seed=n, lr=lr, steps=steps)
+            for n, (lr, steps) in enumerate([(0.1, 3), (0.1, 4), (0.1, 5), (0.2, 5)])]
+    table, _, below = compare.markdown(*compare.compare(runs)).partition("\n\n")
+    assert "lr=0.1" not in table and table.count("lr=0.2") == 1 and table.count("steps=5") == 2
+    assert "where a row says nothing else: lr=0.1." in below and "steps" not in below
+
+
 def test_the_gain_by_the_module_is_paired_by_seed(tmp_path):
     """Seeds 0 and 1 exist in both arms. The arms differ by 0.05 and 0.07, the seeds by 0.2."""
     off = dict(cue_recovery=False)     # the rate of a module that is off does not matter: one arm
