@@ -53,6 +53,9 @@ lora2-first      0     --privilege cue --train lora --lora-rank 2
 alone-first      0,1,2 --privilege cue --train cue
 alone-last       0,1,2 --privilege cue --train cue --sink last
 alone-long       0     --privilege cue --train cue --steps 300
+twice-off        0     --privilege cue --min-pixels 6144 --no-cue-recovery
+twice-first      0     --privilege cue --min-pixels 6144
+twice-alone      0     --privilege cue --min-pixels 6144 --train cue
 big-off          0     --privilege cue --min-pixels 12288 --no-cue-recovery
 big-first        0     --privilege cue --min-pixels 12288
 big-alone        0     --privilege cue --min-pixels 12288 --train cue

@@ -476,7 +476,7 @@ for when, model in (("at step 0", fresh), ("after twenty steps", student)):
 # it carries the student's own mistakes. The loss hardly shows it.
 
 # %%
-sabotage("teacher.py", "stack.enter_context(part.off())", "pass",
+sabotage("teacher.py", "stack.enter_context(getattr(teacher, name).off())", "pass",
          "tests/test_teacher.py::test_a_student_at_work_as_its_teacher_is_the_base_model")
 
 # %% [markdown]

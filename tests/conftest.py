@@ -94,3 +94,8 @@ def toy_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Two processes need 20 s: they are started first, and looked at when their tests come."""
+    items.sort(key=lambda item: item.name != "test_launch")

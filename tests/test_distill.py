@@ -494,9 +494,9 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_losses(toy_folder, tmp_pa
     """PITFALLS 22: SIGKILL at some moment, then Ctrl-C, then to the end: one sequence of losses."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--steps", "9", "--teacher", "ema"]
-    distill.main(command(toy_folder, "whole", *arguments))
     folder = tmp_path / "runs" / "cut"
     process = start(command(toy_folder, "cut", *arguments, "--save-every", "2"), tmp_path)
+    distill.main(command(toy_folder, "whole", *arguments))      # while the other one imports torch
     wait_for_steps(folder, 3, process)
     time.sleep(random.Random().random() * 0.2)
     process.send_signal(signal.SIGKILL)

@@ -117,18 +117,37 @@ def bfloat16_step() -> None:
 
 # ---------------------------------------------------------------------------- outside
 
+@pytest.fixture(scope="session")
+def launching(toy_folder, tmp_path_factory):
+    """(folder, the running torchrun). It takes 20 s, so conftest.py starts it before all tests."""
+    return launch(toy_folder, tmp_path_factory.mktemp("sharding"))
+
+
+def test_launch(launching):
+    folder, process = launching
+    assert process.returncode is None and (folder / "two" / "runs" / "begun" / "state").is_dir()
+
+
 @pytest.fixture(scope="module")
-def launched(toy_folder, tmp_path_factory):
+def launched(launching, toy_folder, tmp_path_factory):
     """(folder, output, code): all runs by one process in FOLDER/one, by two in FOLDER/two.
 
     Once in some twenty launches, on a loaded machine, a process was aborted from inside of the
     collectives' C++ (SIGABRT), before the test's own SIGKILL. Then it is launched again, once.
     """
-    got = launch(toy_folder, tmp_path_factory.mktemp("sharding"))
-    if "SIGABRT" in got[1]:
-        print(got[1])
-        got = launch(toy_folder, tmp_path_factory.mktemp("sharding"))
-    return got
+    said, code = wait_for(*launching)
+    if "SIGABRT" in said:
+        print(said)
+        launching = launch(toy_folder, tmp_path_factory.mktemp("sharding"))
+        said, code = wait_for(*launching)
+    folder, here = launching[0], os.getcwd()
+    os.chdir(folder / "one")
+    try:
+        for name, arguments in RUNS.items():
+            keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
+    finally:
+        os.chdir(here)
+    return folder, said, code
 
 
 def launch(toy_folder, folder):
@@ -138,9 +157,6 @@ def launch(toy_folder, folder):
         for name in ("one", "two"):
             (folder / name).mkdir()
             write_data(folder / name, rows, toy_folder)
-        os.chdir(folder / "one")
-        for name, arguments in RUNS.items():
-            keep_tokens(name, lambda: distill.main([*arguments, "--name", name]))
         # one process starts this run, two finish it
         os.chdir(folder / "two")
         distill.run_step = before_step(1, interrupt)
@@ -150,16 +166,21 @@ def launch(toy_folder, folder):
         distill.run_step = pristine
         os.chdir(here)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve())], cwd=folder / "two", env=environment,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with open(folder / "said", "w") as said:                 # a pipe that nobody reads fills up
+        return folder, subprocess.Popen([sys.executable, str(Path(__file__).resolve())],
+                                        cwd=folder / "two", env=environment, stdout=said,
+                                        stderr=subprocess.STDOUT)
+
+
+def wait_for(folder, process) -> tuple[str, int]:
+    """What it printed, and its exit code."""
     try:
-        said, _ = process.communicate(timeout=300)
+        process.wait(timeout=300)
     except subprocess.TimeoutExpired:
         process.terminate()             # torchrun then ends its processes
-        said, _ = process.communicate(timeout=60)
-        pytest.fail("two processes wait for each other:\n" + said[-4000:])
-    return folder, said, process.returncode
+        process.wait(timeout=60)
+        pytest.fail("two processes wait for each other:\n" + (folder / "said").read_text()[-4000:])
+    return (folder / "said").read_text(), process.returncode
 
 
 def write_data(folder, rows, source) -> None:
