@@ -2,10 +2,13 @@
 import csv
 import doctest
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from analysis import compare
+from conftest import ROOT
 import evaluate
 
 
@@ -232,3 +235,23 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, file, content, message):
     with pytest.raises(SystemExit, match=f"^compare.py: .*x.*{message}") as error:
         compare.main([str(folder)])
     assert "\n" not in str(error.value)
+
+
+def test_the_table_of_every_arm_is_that_of_the_committed_runs():
+    """docs/results.md and docs/results: each row is computed again from the runs it names."""
+    folders = sorted((ROOT / "docs" / "results").iterdir())
+    rows, _ = compare.compare([compare.load_run(folder) for folder in folders])
+    found = {Path(row["runs"].split()[0]).name.rpartition("-")[0]: row for row in rows
+             if row["kind"] == "student"}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = [line.strip("| ").split(" | ") for line in page.partition("## Every arm")[2].splitlines()
+             if re.match(r"\| [a-z]+\d?-", line)]
+    assert [cells[0] for cells in shown] and {cells[0] for cells in shown} == found.keys()
+    for name, _, seeds, accuracy, gain, module, grounded, hint, length in shown:
+        row = found[name]
+        assert [seeds, length] == [str(row["seeds"]), f"{row['length']:.1f}"], name
+        for cell, key, sign in ((accuracy, "accuracy", ""), (gain, "gain", "+"),
+                                (grounded, "grounded", ""), (module, "module_gain", "+")):
+            text = compare.share(row, key, sign).removesuffix(" (1 seed)")
+            assert cell.strip() == ("" if text == "-" else text), (name, key)
+        assert hint == f"{row['train_hint_rows']:,} of {row['train_rollouts']:,}", name
