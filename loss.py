@@ -117,6 +117,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                     untold, told = (x.gather(1, said[:, None])[:, 0] for x in (log_p, log_q))
                     stats["gap"][here] = told - untold
                     stats["entropy"][here] = -torch.exp(log_p, out=slope).mul_(log_p).sum(-1)
+                del log_p, log_q, slope                  # or they would stand beside the next ones
             if need_hidden:
                 grad_hidden[part] = student @ student_head
             if not need_head:
