@@ -39,8 +39,10 @@ empty-off        0,1,2 --privilege cue --data data/toy-empty/train.jsonl --no-cu
 supervised-off   0,1,2 supervised --no-cue-recovery
 grpo-off         0,1,2 grpo --batch-size 12 --samples-per-prompt 4 --lr 1e-4 --no-cue-recovery
 masked-off       0,1,2 --privilege view --data data/toy-masked/train.jsonl --no-cue-recovery
-maskedcue-off    0     --privilege view+cue --data data/toy-masked/train.jsonl --no-cue-recovery
+maskedcue-off    0,1,2 --privilege view+cue --data data/toy-masked/train.jsonl --no-cue-recovery
 blurred-off      0,1,2 --privilege view --data data/toy-blurred/train.jsonl --no-cue-recovery
+samples-off      0     --privilege cue --batch-size 12 --samples-per-prompt 4 --no-cue-recovery
+reverse-off      0     --privilege cue --loss reverse_kl --no-cue-recovery
 answer-off       0,1,2 --privilege answer --no-cue-recovery
 answer-first     0,1,2 --privilege answer
 rationale-off    0,1,2 --privilege rationale --no-cue-recovery
