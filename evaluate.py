@@ -38,7 +38,7 @@ from rollout import sample
 from scale.answers import answer_into, saved_answers
 from scale.asked import DECODING, add_decoding, fill_in, load_asked
 from scale.checkpoint import read_jsonl
-from scale.checks import number, one_line, quiet
+from scale.checks import is_tiny, number, one_line, quiet
 from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
@@ -174,14 +174,14 @@ def main(argv=None) -> None:
 
 def answers_kept(out: str) -> str:
     """What an evaluation that ends now leaves on disk."""
-    rows = len(read_jsonl(Path(out))) if out else 0
+    rows = len(read_jsonl(Path(out))) if Path(out).is_file() else 0
     return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
 
 
 def main_records(args, own: dict) -> None:
     """Answer a file of records and print the table. own: the settings of the model's run."""
     data = args.data or own["eval_data"] or str(
-        toy.default(large=Path(args.model).resolve() != qwen.TINY) / "test.jsonl")
+        toy.default(large=not is_tiny(args.model)) / "test.jsonl")
     limit = own["eval_limit"] if args.limit < 0 and not args.data else max(0, args.limit)
     records = record_files.load(data, teaching.NEEDS[args.privilege])[:limit or None]
     records = [teaching.seen({"instruction": args.instruction, **record}, args.privilege)

@@ -48,6 +48,10 @@ import teacher as teaching  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from scale.measure import Sums  # noqa: E402
 
+OWN = ("--loss sampled estimates a divergence from the student's own tokens; supervised has the "
+       "teacher's: choose another --loss")
+ALONE = ("grpo compares the answers to one prompt: --samples-per-prompt is 1, expected at least 2")
+
 # Dimension letters: B prompts, K responses to each, N scored tokens, D hidden size, V vocabulary.
 
 
@@ -55,8 +59,7 @@ def supervised(student, teacher, processor, records: list[dict], uniforms, confi
                step: int, optimizer, scale: distill.Scale) -> tuple[Sums, Rollout]:
     """Off-policy distillation: distill.training_step, but the teacher answers (step 2)."""
     if config.loss == "sampled":
-        raise ValueError("--loss sampled estimates a divergence from the student's own tokens; "
-                         "supervised has the teacher's: choose another --loss")
+        raise ValueError(OWN)
 
     @contextmanager
     def sampling(model):                 # the teacher, without module or adapters
@@ -71,8 +74,7 @@ def grpo(student, teacher, processor, records: list[dict], uniforms, config: dis
     """Reinforcement learning with the grader's verdict as reward. The teacher is not asked."""
     K = config.samples_per_prompt
     if K < 2:
-        raise ValueError("grpo compares the answers to one prompt: --samples-per-prompt is 1, "
-                         "expected at least 2")
+        raise ValueError(ALONE)
     # 1) prompts: what the student sees
     prompts, _ = distill.read_prompts(processor, records, "none", scale.read_pictures)
     sums = Sums()
@@ -134,6 +136,11 @@ def main(argv=None) -> None:
     if method not in METHODS:
         raise SystemExit(f"baselines.py: {method!r}, expected supervised or grpo, then the flags "
                          "of distill.py")
+    config, _ = distill.read_config(flags, method)
+    if method == "grpo" and config.samples_per_prompt < 2:      # here already: nothing is loaded
+        raise SystemExit(f"baselines.py: {ALONE}")
+    if method == "supervised" and config.loss == "sampled":
+        raise SystemExit(f"baselines.py: {OWN}")
     distill.main(flags, METHODS[method])
 
 

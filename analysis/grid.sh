@@ -25,7 +25,7 @@ done
 # The bigger teacher: the tiny model with four more layers, taught to look. It is not shipped, so it is
 # made here, beside the first arms.
 export teacher=data/tiny-teacher
-if [ ! -e $teacher/whole ]; then
+if [ ! -e $teacher/whole ] && { [ -n "$AGAIN" ] || [ ! -e docs/results/bigger-cue-2 ]; }; then
     { python data/make_tiny.py --grow data/tiny-qwen3-vl --layers 10 --looks --steps 250 --lr 5e-4 \
           --out $teacher && touch $teacher/whole; } > runs/grid/teacher.log 2>&1 &
     export maker=$!

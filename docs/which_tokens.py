@@ -100,7 +100,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--records", type=int, default=512, help="test questions, 512")
-    parser.add_argument("--out", default="docs/which_tokens.png")
+    parser.add_argument("--out", default="", help="the picture (default: RUN/which_tokens.png)")
     args = parser.parse_args(argv)
     quiet()
     torch.set_num_threads(1)
@@ -112,7 +112,8 @@ def main(argv=None) -> None:
     print(grid([["kind", "tokens", *(f"step {step}" for step in found)]]
                + [[kind, str(len(found[0].get(kind, [])) or sum(map(len, found[0].values()))),
                    *(f"{nats:.3f}" for nats in row)] for kind, row in rows.items()]))
-    drawings.kinds([*found], rows).save(args.out, optimize=True)
+    drawings.kinds([*found], rows).save(args.out or args.run / "which_tokens.png",
+                                          optimize=True)
 
 
 if __name__ == "__main__":

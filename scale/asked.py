@@ -45,7 +45,7 @@ def run_settings(model: Path) -> dict:
     for run in (model.parent, model.parent.parent):       # of checkpoint/, of checkpoints/step-N/
         if (run / "args.json").exists():
             return own | read_run(run)["args"]
-    return own if model == qwen.TINY else own | {"instruction": qwen.INSTRUCTION}
+    return own if checks.is_tiny(model) else own | {"instruction": qwen.INSTRUCTION}
 
 
 def fill_in(args) -> dict:

@@ -179,8 +179,13 @@ def test_a_run_keeps_its_method(method, other, toy_folder, tmp_path, monkeypatch
 
 def test_an_error_names_the_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="^analysis/baselines.py grpo: nowhere.jsonl: no such"):
-        baselines.main(["grpo", "--data", "nowhere.jsonl"])
+    with pytest.raises(SystemExit, match="^analysis/baselines.py supervised: nowhere.jsonl: no"):
+        baselines.main(["supervised", "--data", "nowhere.jsonl"])
+    for wrong, said in ((["grpo"], "--samples-per-prompt is 1"),
+                        (["supervised", "--loss", "sampled"], "choose another --loss")):
+        with pytest.raises(SystemExit, match=f"^baselines.py: .*{said}"):
+            baselines.main([*wrong, "--name", "x"])
+    assert not (tmp_path / "runs" / "x").exists()        # refused before there is a folder
 
 
 def test_a_method_must_be_named():
