@@ -312,17 +312,33 @@ def plain(value, form: str = "", scale: float = 1) -> str:
     return "-" if value is None else f"{value * scale:{form}}" if form else str(value)
 
 
+def other_settings(row: dict) -> list[str]:
+    """["lr=0.1", ...] of a row; a value may hold a comma."""
+    return re.split(r", (?=\w+=)", row["other"]) if row["other"] else []
+
+
+def shared(arms: list[list[str]]) -> set[str]:
+    """The settings that most arms share, to be said once. One that some arms lack stays in its
+    row, or it would be read into theirs; but the module's are lacking only where it is off.
+
+    >>> shared([["lr=1"], ["lr=1"], ["lr=2"]]), shared([["method=grpo"], ["method=grpo"], []])
+    ({'lr=1'}, set())
+    """
+    said = Counter(part for arm in arms for part in arm)
+    of = Counter(part.partition("=")[0] for part in said.elements())
+    return {part for part, count in said.items() if 2 * count > of[name := part.partition("=")[0]]
+            and (of[name] == len(arms) or name in MODULE)}
+
+
 def markdown(rows: list[dict], notes: list[str]) -> str:
     """The table for people: one line per arm, how to read it, then the unfinished runs."""
     done = [row for row in rows if row["kind"] != "unfinished"]
-    # what most rows with a setting share is said once, below the table
-    said = Counter(part for row in done for part in row["other"].split(", ") if part)
-    of = Counter(part.partition("=")[0] for part in said.elements())
-    usual = {part for part, count in said.items() if 2 * count > of[part.partition("=")[0]]}
+    students = [row for row in done if row["kind"] == "student"]
+    usual = shared([other_settings(row) for row in students])
     columns = {
         "": lambda r: r["kind"], **{name: lambda r, n=name: plain(r[n]) for name in SHOWN},
         "other settings": lambda r: ", ".join(
-            part for part in r["other"].split(", ") if part not in usual) or "-",
+            part for part in other_settings(r) if part not in usual) or "-",
         "seeds": lambda r: plain(r["seeds"]),
         "accuracy % [95 %]": lambda r: share(r, "accuracy"),
         "gain over base": lambda r: share(r, "gain", "+"),

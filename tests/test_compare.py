@@ -108,6 +108,15 @@ def test_a_setting_that_most_rows_share_is_said_once(tmp_path):
     assert "where a row says nothing else: lr=0.1." in below and "steps" not in below
 
 
+def test_a_setting_that_an_arm_lacks_is_not_read_into_it(tmp_path):
+    """"method=grpo" of the only baseline was said below the table, as if of every row."""
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, method="grpo"),
+            make_run(tmp_path, "c", seed=2, instruction="Think, then answer.")]
+    table, _, below = compare.markdown(*compare.compare(runs)).partition("\n\n")
+    assert table.count("method=grpo") == 1 and "method" not in below
+    assert table.count("instruction=Think, then answer.") == 1 and "then" not in below
+
+
 def test_the_gain_by_the_module_is_paired_by_seed(tmp_path):
     """Seeds 0 and 1 exist in both arms. The arms differ by 0.05 and 0.07, the seeds by 0.2."""
     off = dict(cue_recovery=False)     # the rate of a module that is off does not matter: one arm
