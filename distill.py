@@ -419,12 +419,13 @@ def finish(student, processor, test, dev, config, scale, folder, before, started
 @sharding.peers()
 def main(argv=None, method=None) -> None:
     """method: another step with the arguments of training_step, see analysis/baselines.py."""
-    config, resume = read_config(argv, method.__name__ if method else "")
+    name = method.__name__ if method else ""
+    config, resume = read_config(argv, name)
     checks.quiet()
     if config.threads and "OMP_NUM_THREADS" not in os.environ:
         # two threads that share a busy core wait for each other at every product: docs/speed.md
         torch.set_num_threads(config.threads)
-    script = checkpoint.script({"method": method.__name__} if method else {})
+    script = checkpoint.script({"method": name})
     with checks.one_line(script):
         if config.plan:
             return print(plan.report(config))

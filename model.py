@@ -474,8 +474,8 @@ class Processor:
 
     def in_turn(self, prompts, device=None):
         """A function that makes a batch of the next n of `prompts`, any iterable, or None."""
-        parts = iter(prompts)
-        return lambda n: self.batch(part, device=device) if (part := [*islice(parts, n)]) else None
+        waiting = iter(prompts)
+        return lambda n: self.batch(few, device=device) if (few := [*islice(waiting, n)]) else None
 
 
 # ---------------------------------------------------------------------------- pictures

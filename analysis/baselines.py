@@ -46,11 +46,8 @@ import distill  # noqa: E402
 import evaluate  # noqa: E402
 import teacher as teaching  # noqa: E402
 from rollout import Rollout  # noqa: E402
+from scale.checks import one_line  # noqa: E402
 from scale.measure import Sums  # noqa: E402
-
-OWN = ("--loss sampled estimates a divergence from the student's own tokens; supervised has the "
-       "teacher's: choose another --loss")
-ALONE = ("grpo compares the answers to one prompt: --samples-per-prompt is 1, expected at least 2")
 
 # Dimension letters: B prompts, K responses to each, N scored tokens, D hidden size, V vocabulary.
 
@@ -58,8 +55,7 @@ ALONE = ("grpo compares the answers to one prompt: --samples-per-prompt is 1, ex
 def supervised(student, teacher, processor, records: list[dict], uniforms, config: distill.Config,
                step: int, optimizer, scale: distill.Scale) -> tuple[Sums, Rollout]:
     """Off-policy distillation: distill.training_step, but the teacher answers (step 2)."""
-    if config.loss == "sampled":
-        raise ValueError(OWN)
+    refuse("supervised", config)
 
     @contextmanager
     def sampling(model):                 # the teacher, without module or adapters
@@ -72,9 +68,8 @@ def supervised(student, teacher, processor, records: list[dict], uniforms, confi
 def grpo(student, teacher, processor, records: list[dict], uniforms, config: distill.Config,
          step: int, optimizer, scale: distill.Scale) -> tuple[Sums, Rollout]:
     """Reinforcement learning with the grader's verdict as reward. The teacher is not asked."""
+    refuse("grpo", config)
     K = config.samples_per_prompt
-    if K < 2:
-        raise ValueError(ALONE)
     # 1) prompts: what the student sees
     prompts, _ = distill.read_prompts(processor, records, "none", scale.read_pictures)
     sums = Sums()
@@ -126,6 +121,16 @@ def advantages_of(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
+def refuse(method: str, config: distill.Config) -> None:
+    """ValueError for settings that a step cannot work with."""
+    if method == "supervised" and config.loss == "sampled":
+        raise ValueError("--loss sampled estimates a divergence from the student's own tokens; "
+                         "supervised has the teacher's: choose another --loss")
+    if method == "grpo" and config.samples_per_prompt < 2:
+        raise ValueError("grpo compares the answers to one prompt: --samples-per-prompt is 1, "
+                         "expected at least 2")
+
+
 METHODS = {"supervised": supervised, "grpo": grpo}
 
 
@@ -136,11 +141,8 @@ def main(argv=None) -> None:
     if method not in METHODS:
         raise SystemExit(f"baselines.py: {method!r}, expected supervised or grpo, then the flags "
                          "of distill.py")
-    config, _ = distill.read_config(flags, method)
-    if method == "grpo" and config.samples_per_prompt < 2:      # here already: nothing is loaded
-        raise SystemExit(f"baselines.py: {ALONE}")
-    if method == "supervised" and config.loss == "sampled":
-        raise SystemExit(f"baselines.py: {OWN}")
+    with one_line("baselines.py"):           # the steps refuse as well, but only after loading
+        refuse(method, distill.read_config(flags, method)[0])
     distill.main(flags, METHODS[method])
 
 

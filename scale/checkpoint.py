@@ -133,7 +133,7 @@ def read_run(folder: Path) -> dict:
 
 def script(args: dict) -> str:
     """The script that made a run with these settings, as it is typed behind `python`."""
-    return f"analysis/baselines.py {args['method']}" if "method" in args else "distill.py"
+    return f"analysis/baselines.py {args['method']}" if args.get("method") else "distill.py"
 
 
 def resume_command(folder: Path) -> str:
