@@ -200,7 +200,8 @@ def read_prompts(processor, records, privilege: str, read_pictures=None) -> tupl
     # with a view the teacher has its own pictures; otherwise both prompts share their pixels
     others = ([teaching.seen(r, privilege) for r in records]
               if "teacher_images" in teaching.NEEDS[privilege] else [])
-    with ThreadPoolExecutor() as pool:        # Pillow and numpy release the GIL
+    # Pillow and numpy release the GIL; for small pictures more threads than this only wait for it
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         prompts = list(pool.map(processor.prompt, records + others))
     if read_pictures:
         prompts = read_pictures(prompts)

@@ -10,6 +10,7 @@ Out: student (with the module), teacher (without), processor; the weights that a
 """
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -109,11 +110,33 @@ def scale_for(config, student, teacher, processor) -> Scale:
                      partial(sharding.even_out, processor))
     if config.offload_teacher:
         scale.teach = partial(offload.teach, student.device)
+    elif teacher is not student and student.device.type == "cpu" and torch.get_num_threads() == 1:
+        scale.teach = teach_beside
     if config.train != "all" and config.teacher == "self":
         # one frozen tower in both models: each picture goes through it once, not three times
         scale.read_pictures = lambda prompts: vision.read_once(
             prompts, student, teacher, rows=config.sample_batch)
     return scale
+
+
+def teach_beside(teacher, groups, read):
+    """teacher.teach on a second core: the teacher reads the next micro-batches while the student
+    learns from this one. The same numbers, bit for bit.
+
+    For a CPU run of one thread. Two threads of one product would be faster on an idle machine, but
+    each waits for the other at every product, and on a busy machine they collapse (docs/speed.md).
+    """
+    def states(rows):
+        with teaching.at_work(teacher):         # here: gradients are switched off for one thread
+            return read(teacher, rows)
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = [(rows, pool.submit(states, rows)) for rows in groups]
+        for rows, future in waiting:
+            yield rows, future.result(), teacher.lm_head.weight
+    finally:
+        pool.shutdown(cancel_futures=True)      # a step that failed leaves nothing running
 
 
 def print_settings(config, student, teacher, weights) -> None:

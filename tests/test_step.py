@@ -5,6 +5,7 @@ import random
 import re
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ import model as qwen
 import teacher as teaching
 from conftest import ROOT
 from data import records as record_files
+from scale import build
 from test_distill import KeepGradients, config, take_step
 
 
@@ -115,6 +117,64 @@ def test_a_row_is_as_wide_as_itself(loaded):
     distill.response_states(processor, [[7] * 10, [7] * 100], qwen.last_hidden_state, prompts,
                             counter, [0, 1])
     assert counter.seen == [(2, 110)]
+
+
+# ---------------------------------------------------------------------------- two cores
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_teacher_on_the_second_core_gives_the_same_gradients(tiny, records, one_thread):
+    """With one thread, the teacher reads ahead in another; the student's step is the same."""
+    student, processor = tiny
+    teacher = teaching.frozen_copy(student)
+    cue_recovery.attach(student, every=2)
+    distill.choose_weights(student, "all")
+    settings = config(batch_size=6, micro_batch_tokens=150)
+    scale = distill.scale_for(settings, student, teacher, processor)
+    assert scale.teach is build.teach_beside
+    assert distill.scale_for(settings, student, student, processor).teach is teaching.teach
+    kept, readers = [], set()
+    hidden = scale.hidden
+
+    def noted(model, batch):
+        readers.add((model is teacher, threading.current_thread() is threading.main_thread()))
+        return hidden(model, batch)
+
+    scale.hidden = noted
+    for teach in (teaching.teach, build.teach_beside):
+        scale.teach, keep = teach, KeepGradients(student)
+        distill.training_step(student, teacher, processor, records[:6],
+                              distill.uniform_numbers(settings, 0), settings, 0, keep, scale)
+        kept.append(keep.kept)
+    assert readers == {(False, True), (True, True), (True, False)}
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) > 50
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+def test_a_teacher_on_the_second_core_that_fails_ends_the_step(tiny, one_thread):
+    """Its error is the step's, its mode is as it was, and what waited behind it is not read."""
+    student, _ = tiny
+    teacher, read = teaching.frozen_copy(student).train(), []
+
+    def broken(model, rows):
+        read.append(rows)
+        raise ValueError(f"rows {rows}")
+
+    with pytest.raises(ValueError, match="rows \\[0\\]"):
+        list(build.teach_beside(teacher, [[0], [1], [2]], broken))
+    assert teacher.training and [0] in read
+
+    states = build.teach_beside(teacher, [[n] for n in range(50)], lambda model, rows: time.sleep(
+        0.01) or read.append(rows))
+    next(states)
+    states.close()                                      # as when the student's own pass failed
+    assert [49] not in read and teacher.training
 
 
 # ---------------------------------------------------------------------------- few hops
