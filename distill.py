@@ -124,8 +124,8 @@ class Config(Machine):
 
 # What `python distill.py` changes when the student is the tiny default.
 TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
-           lr=5e-4, cue_lr=1.5e-3, attention="eager", threads=1, gradient_checkpointing=False,
-           max_pixels=0, before_limit=0, instruction="")
+           lr=5e-4, cue_lr=1.5e-3, threads=1, gradient_checkpointing=False, max_pixels=0,
+           before_limit=0, instruction="")
 
 
 def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
