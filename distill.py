@@ -123,9 +123,9 @@ class Config(Machine):
 
 
 # What `python distill.py` changes when the student is the tiny default.
-TOY = dict(steps=150, batch_size=48, sample_batch=48, micro_batch_tokens=8192, max_new_tokens=96,
+TOY = dict(steps=140, batch_size=48, sample_batch=256, micro_batch_tokens=8192, max_new_tokens=96,
            lr=5e-4, cue_lr=1.5e-3, threads=1, gradient_checkpointing=False, max_pixels=0,
-           before_limit=0, instruction="")
+           before_limit=0, eval_every=70, instruction="")
 
 
 def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
@@ -296,7 +296,7 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
         rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
-                                 batch_size=min(64, config.sample_batch),
+                                 batch_size=min(scale.evaluated, config.sample_batch),
                                  label=label if sharding.is_main() else "")
     rows = sharding.collect(rows)
     summary = evaluate.summarise(rows)

@@ -37,6 +37,7 @@ class Scale:
     hidden: Callable = qwen.last_hidden_state     # (model, batch) -> last hidden states
     teach: Callable = teaching.teach          # how the teacher reads the micro-batches
     even_out: Callable = lambda groups, *lists: groups      # as many micro-batches on every rank
+    evaluated: int = 64                       # rows of an evaluation: a bigger teacher must fit too
     read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
     method: Callable | None = None            # another step than distill.training_step
     halved: bool = False                      # a step ran out of memory before
@@ -112,6 +113,8 @@ def scale_for(config, student, teacher, processor) -> Scale:
         scale.teach = partial(offload.teach, student.device)
     elif teacher is not student and student.device.type == "cpu" and torch.get_num_threads() == 1:
         scale.teach = teach_beside
+    if student.device.type == "cpu":
+        scale.evaluated = 256
     if config.train != "all" and config.teacher == "self":
         # one frozen tower in both models: each picture goes through it once, not three times
         scale.read_pictures = lambda prompts: vision.read_once(

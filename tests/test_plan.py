@@ -339,13 +339,14 @@ def test_plan_prints_and_touches_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_proposed_value_that_is_a_default_is_still_in_the_command():
-    """The tiny student's own defaults would else take its place: eager, in place of sdpa."""
+    """The tiny student's own defaults would else take its place: 8,192 tokens, in place of 0."""
     asked = distill.read_config(["--seed", "3"])[0]
-    assert asked.attention == "eager" and ("attention", "sdpa") in plan.changes(
-        plan.from_settings(asked))
-    sized = dataclasses.replace(asked, attention="sdpa")
+    assert asked.micro_batch_tokens == 8192
+    eager = distill.read_config(["--attention", "eager"])[0]
+    assert ("attention", "sdpa") in plan.changes(plan.from_settings(eager))
+    sized = dataclasses.replace(asked, micro_batch_tokens=0)
     again = distill.read_config(shlex.split(plan.command(1, asked, sized))[2:])[0]
-    assert (again.attention, again.seed, again.steps) == ("sdpa", 3, asked.steps)
+    assert (again.micro_batch_tokens, again.seed, again.steps) == (0, 3, asked.steps)
 
 
 def test_plan_reads_the_folder_of_a_checkpoint(capsys):
