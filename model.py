@@ -10,26 +10,25 @@ flattened patches:
     [\\n[Hint]: hint]<|im_end|>\\n
     <|im_start|>assistant\\n[<think>\\n, where the checkpoint's own chat template ends so]
 
-In:  a record {"images": [paths or PIL images], "question": str} and optionally "instruction"
-     (how to answer), and a hint for the teacher; a video is {"video": [frames], "fps": 2.0}, or
-     with "seconds", the time of each frame.
+In:  a record {"images": [paths or PIL images], "question": str}, perhaps with "instruction" (how
+     to answer), and a hint for the teacher. A video is {"video": [frames], "fps": 2.0}, or with
+     "seconds", the time of each frame.
 Out: Prompt(ids, pixels, grids); batch() pads several into the keyword arguments of the model.
 
 The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  visual tokens (P =
 patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
-tokenizers, safetensors, numpy and pillow. No torchvision, no AutoProcessor, no Jinja. What is wrong
-with a checkpoint's small files shows before its weights are fetched:
-    processor = Processor(find_folder(path, weights=False))
+tokenizers, safetensors, numpy and pillow, and neither torchvision nor AutoProcessor.
+Processor(find_folder(path, weights=False)) finds what is wrong before weights are fetched.
 
 What differs from the class's own processor, and why:
 1) Text from a record can never become a control token. The stock tokenizer turns the string
    "<|im_end|>" inside a question into the id that ends the turn; here it stays plain text.
 2) M-RoPE positions are computed once, here, and passed to the model. Left to itself the model keeps
    them as hidden state between calls (`rope_deltas`), which a teacher's forward pass overwrites.
-3) A chat template is read, not run: only how it ends is taken over, and one that this project
-   does not know is refused, since prompts would silently differ from those the model knows.
+3) A checkpoint's chat template only makes one prompt, to be compared with ours: what it puts behind
+   the assistant's header is taken over, and any other difference is refused.
 4) EXIF rotation, transparency (on white), 16-bit, grey, palette and CMYK pictures all become the
    RGB picture that a viewer would show.
 Left out: decoding a video file (give frames), tool calls and multi-turn chats.
@@ -47,6 +46,7 @@ from textwrap import shorten
 
 import numpy as np
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -70,8 +70,8 @@ ARCHITECTURES = {"qwen3_vl": "Qwen3VLForConditionalGeneration",
 def find_folder(path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: a folder as it is, else a name fetched from the hub.
 
-    weights=False fetches only what is small (settings, tokenizer, the module's file), enough for
-    Processor(), and for a process that another one sends its weights. Raises ConnectionError.
+    weights=False fetches only what is small: settings, tokenizer, the module's file. Raises
+    ConnectionError.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -98,14 +98,13 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
          cue: bool = True):
     """A checkpoint folder or hub name -> (model of transformers in eval mode, Processor).
 
-    device: default cuda if there is one, else cpu; "meta" for shapes without numbers, which another
-    process will send. dtype: default float32 on a CPU, else bfloat16. If the folder holds
-    cue_recovery.safetensors the module is attached (`cue=False` leaves it out, as every teacher
-    needs). Raises for another architecture, and for weights that are not exactly the model's: one
-    missing, one too many, one of another shape.
+    device: default cuda if there is one, else cpu; "meta" for shapes without numbers. dtype: by
+    default float32 on a CPU, else bfloat16. A cue_recovery.safetensors in the folder is attached (not with
+    cue=False: a teacher has none). Raises for another architecture, and for weights that are not
+    exactly the model's: one missing, one too many, one of another shape.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     # cuDNN's attention plans anew for each length it meets, so at every token of an answer: on an
     # H200 a 2B's decoding step took 61 ms with it, 16 once its lengths had been met
@@ -178,22 +177,10 @@ def _read_weights(kind, folder: Path, device: torch.device, dtype: torch.dtype, 
     return model if there else model.to(device)
 
 
-# What Jinja, as transformers sets it up, makes of the last lines of a template, rule by rule.
-JINJA = (
-    # "-" eats the spaces on its side, a block eats the start and the end of its line
-    (r"\s*\{([{%])-", r"{\1"), (r"-([}%])\}\s*", r"\1}"),
-    (r"(?m)^[ \t]+\{%", "{%"), (r"%\}\n", "%}"),
-    # a switch that nobody sets here: what stands behind its "else", if anything
-    (r"\{% *if enable_thinking is defined and [^%]*%\}[^%]*"
-     r"(?:\{% *else *%\}([^%]*))?\{% *endif *%\}", r"\1"),
-    # a text in quotes
-    (r"""\{\{ *(['"])([^'"{}]*)\1 *\}\}""", lambda literal: literal[2].replace("\\n", "\n")))
-
-
 def _answer_prefix(folder: Path) -> str:
     """What the chat template puts behind the assistant's header: "", or "<think>\\n".
 
-    It is only read, never run. ValueError for one that is not understood; "" if there is none.
+    "" if there is no template. ValueError for one that makes another prompt than ours.
     """
     path, template = folder / "chat_template.jinja", None
     if path.exists():
@@ -206,17 +193,21 @@ def _answer_prefix(folder: Path) -> str:
             template = {one["name"]: one["template"] for one in template}.get("default")
     if not template:
         return ""
-    tail = template.rpartition("add_generation_prompt")[2].removesuffix("\n")
-    for pattern, left in JINJA:
-        tail = re.sub(pattern, left, tail)
-    end = re.fullmatch(r" *%\}<\|im_start\|>assistant\n([^{}]*)\{% *endif *%\}", tail)
-    marks = "<|im_start|>", "<|im_end|>", "<|vision_start|><|image_pad|><|vision_end|>"
-    absent = [mark for mark in marks if mark not in template]
-    if absent or end is None:
-        what = f"lacks {absent}" if absent else "does not end in the assistant's header and a text"
-        raise ValueError(f"{path}: this chat template {what}, so prompts would differ from"
-                         " the model's own. If it knows Qwen3-VL's template, put that in its place")
-    return end[1]
+    ours = (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            "<|image_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n")
+    asked = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+    # set up as transformers does it; torch brings jinja2 along
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=["jinja2.ext.loopcontrols"])
+    try:
+        theirs = jinja.from_string(template).render(add_generation_prompt=True, messages=[
+            {"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}])
+    except Exception as error:              # a template may raise anything
+        theirs = f"{type(error).__name__}: {error}"
+    if not theirs.startswith(ours):
+        raise ValueError(f"{path}: this chat template makes {theirs[:300]!r} of a question, "
+                         f"this project {ours!r}. If the model knows ours, remove the template")
+    return theirs.removeprefix(ours)
 
 
 def _read_json(path: Path, missing=None) -> dict:
@@ -234,26 +225,22 @@ def _read_json(path: Path, missing=None) -> dict:
 
 @dataclass
 class Prompt:
-    """One prompt. ids: token ids; pixels: (patches, features) or None; grids: (t, h, w) a picture.
-
-    video, video_grids: the same of the videos, whose t counts pairs of frames.
-    """
+    """What one record becomes."""
     ids: list[int]
-    pixels: torch.Tensor | None = None
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    pixels: torch.Tensor | None = None                                  # (patches, features)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)     # (t, h, w) a picture
     video: torch.Tensor | None = None
-    video_grids: list[tuple[int, int, int]] = field(default_factory=list)
+    video_grids: list[tuple[int, int, int]] = field(default_factory=list)    # t: pairs of frames
 
 
 class Processor:
     """Records to Prompts, Prompts to model arguments, ids to text. Reads `folder` once.
 
-    Attributes a training loop needs:
-      stop_ids    set: the generation config's eos ids and <|im_end|>; two models may disagree here
-      banned_ids  list: control tokens and unused embedding rows, never to be sampled
-      sampling    these and the pad id, as the keyword arguments that rollout.sample takes
-      pad_id, image_id, video_id, vocab (token -> id, to compare two models)
-      answer_prefix  what the prompt ends in behind the assistant's header: "", or "<think>\\n"
+    stop_ids    the generation config's eos ids and <|im_end|>; two models may disagree here
+    banned_ids  control tokens and unused embedding rows, never to be sampled
+    sampling    these and the pad id, as the keyword arguments that rollout.sample takes
+    vocab       token -> id, to compare two models
+    answer_prefix  what the prompt ends in behind the assistant's header: "", or "<think>\\n"
     """
 
     def __init__(self, folder, min_pixels: int | None = None, max_pixels: int | None = None):
@@ -264,11 +251,10 @@ class Processor:
         self.answer_prefix = _answer_prefix(self.folder)
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
-        # from transformers 5 they are an entry of processor_config.json, which goes first there too
-        pictures = _read_json(self.folder / "processor_config.json", missing={}).get(
-            "image_processor")
-        if pictures is None:
-            pictures = _read_json(self.folder / "preprocessor_config.json")
+        # transformers 5 has them in processor_config.json, and looks there first
+        both = _read_json(self.folder / "processor_config.json", missing={})
+        pictures = both.get("image_processor") or _read_json(
+            self.folder / "preprocessor_config.json")
         # old names beside the new, or inside "size"; height and width as the largest picture
         size = {**(pictures.get("size") or {}), **{k: v for k, v in pictures.items() if v}}
         area = (size.get("height") or 0) * (size.get("width") or 0)
@@ -320,10 +306,10 @@ class Processor:
                decode: bool = True) -> Prompt:
         """One record as a Prompt, in Qwen3-VL's chat format: pictures, question, then the hint.
 
-        With `hint` (the teacher's view) a line "[Hint]: ..." follows the question; the end of the
-        prompt, the assistant header, is the same, so student and teacher answer from one place.
-        pictures_from: a prompt of the same record, whose pixels are taken instead of decoding the
-        pictures again. decode=False reads only their headers: the ids, without pixels.
+        hint: what the teacher is told, in a line "[Hint]: ..." behind the question. The prompt ends
+        in the same header, so student and teacher answer from one place.
+        pictures_from: a prompt of the same record, whose pixels are taken over. decode=False reads
+        only the pictures' headers: the ids, without pixels.
         Raises ValueError naming the record for a picture that cannot be read.
         """
         if pictures_from is not None:
@@ -416,11 +402,7 @@ class Processor:
         return torch.from_numpy(x)
 
     def _moments(self, record) -> tuple[tuple[int, int, int], list[float]]:
-        """Grid of a record's video, and the time of each of its moments (pairs of frames).
-
-        record["video"]: frames, paths or PIL images; times from record["seconds"], one a frame, or
-        from record["fps"]. Raises ValueError naming the record if neither is there.
-        """
+        """Grid of a record's video, and the time of each of its moments (pairs of frames)."""
         frames, where = record["video"], f"record {record.get('id', '?')}"
         if isinstance(frames, str):
             raise ValueError(f"{where}: video {frames!r} is a file; give a list of its frames")
@@ -443,10 +425,8 @@ class Processor:
         """Pad prompts into the keyword arguments of the model: `model(**processor.batch(prompts))`.
 
         input_ids, attention_mask, mm_token_type_ids (B, L) and position_ids (3, B, L); with
-        pictures also pixel_values (patches, features) and image_grid_thw (pictures, 3). Left
-        padding puts the last prompt token of every row in the last column, where sampling reads
-        its first logit.
-        device: where the tensors go, the CPU if left out.
+        pictures also pixel_values (patches, features) and image_grid_thw (pictures, 3). Padded
+        left, every prompt ends in the last column, where sampling reads its first logit.
         """
         if side not in ("left", "right"):
             raise ValueError(f"side is {side!r}, expected 'left' or 'right'")

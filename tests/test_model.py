@@ -146,6 +146,39 @@ def test_text_prompt_is_the_template_that_ships_with_qwen3(real):
         assert real.prompt(record).ids == reference_ids(real, record, template=template)
 
 
+# A template of the shape that Qwen3-VL's own has: tools, a system turn, pictures counted, a switch.
+LONG = """{%- if tools %}
+    {{- raise_exception('no tools here') }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].content is string %}
+        {{- messages[0].content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set pictures = namespace(count=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for part in message.content %}
+                {%- if part.type == 'image' or 'image' in part %}
+                    {%- set pictures.count = pictures.count + 1 %}
+                    {%- if add_vision_id %}Picture {{ pictures.count }}: {% endif -%}
+                    <|vision_start|><|image_pad|><|vision_end|>
+                {%- elif 'text' in part %}
+                    {{- part.text }}
+                {%- else %}
+                    {%- continue %}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+"""
 IF, END = "{%- if add_generation_prompt %}\n    ", "\n{%- endif %}"
 ENDINGS = {     # how a template may end -> what it puts behind the assistant's header
     IF + "{{- '<|im_start|>assistant\\n' }}" + END: "",                           # Instruct
@@ -167,10 +200,11 @@ def with_ending(ending):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_prompt_ends_as_the_checkpoints_template_does(processor, tmp_path, ending):
+@pytest.mark.parametrize("beginning", ["", LONG])
+def test_the_prompt_ends_as_the_checkpoints_template_does(processor, tmp_path, ending, beginning):
     """Thinking checkpoints put <think> behind the assistant's header. Prompts without it silently
     were not the model's own. Held against Jinja; the mark is one token where the model has one."""
-    template, own = with_ending(ending), copy.copy(processor)
+    template, own = beginning + ending if beginning else with_ending(ending), copy.copy(processor)
     (tmp_path / "chat_template.jinja").write_text(template)
     own.answer_prefix = qwen._answer_prefix(tmp_path)     # all that a Processor takes over from it
     assert own.answer_prefix == ENDINGS[ending]
@@ -184,13 +218,18 @@ def test_the_prompt_ends_as_the_checkpoints_template_does(processor, tmp_path, e
 
 
 @pytest.mark.parametrize("template, reason", [
-    (with_ending("{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"), "does not end"),
+    (with_ending("{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"), "start.>model"),
     (with_ending("{% if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"),
-     "does not end"),                                   # the dash eats the line's end
-    (with_ending(IF + "{{- '<|im_start|>assistant\\n' + start }}" + END), "does not end"),
-    (with_ending(""), "does not end"),
-    ("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}<|im_end|>", "vision_start"),
-    ("[INST] {{ messages[0].content }} [/INST]", "im_start")])
+     "assistant' of a question"),                       # the dash eats the line's end
+    (with_ending(IF + "{{- '<|im_start|>assistant\\n' + start }}" + END), "'start' is undefined"),
+    (with_ending(""), "im_end.>.n' of a question"),
+    (with_ending("{% if add_generation_prompt %}"), "TemplateSyntaxError"),
+    (with_ending(IF + "{{ raise_exception('no') }}" + END), "'raise_exception' is undefined"),
+    (with_ending(IF + "{{ messages.append(1) }}" + END), "SecurityError"),
+    (with_ending("").replace("{{ part.text }}", "{{ part.text | trim('W') }}"), "hy.<"),
+    ("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}<|im_end|>",
+     "makes '<.im_start.>assistant"),
+    ("[INST] {{ messages[0].content }} [/INST]", "makes '.INST")])
 def test_an_unknown_template_is_refused(tmp_path, template, reason):
     folder = copy_folder(tmp_path / "own")
     (folder / "chat_template.jinja").write_text(template)
