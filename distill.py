@@ -37,12 +37,11 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,13 +50,14 @@ from tqdm import tqdm
 import evaluate
 import model as qwen
 import teacher as teaching
+from data.records import batch_of
 from loss import distill_loss
 from rollout import Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding
 from scale.build import Scale, build_models, choose_weights, print_settings, scale_for
 from scale.measure import Sums, decoded, metrics_of
 from scale.optimizer import Optimizer
-from scale.settings import Machine, option, parser_of
+from scale.settings import Machine, option
 
 # Dimension letters: B prompts, K responses to each, T response tokens, W columns of a batch,
 # N scored tokens, D hidden size, V vocabulary.
@@ -69,57 +69,39 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Config(Machine):
-    """Every knob of the method; Machine has the others. The defaults are for a real model (paper,
+    """The knobs of the method; Machine has the others. The defaults are for a real model (paper,
     table 3), TOY for the tiny one."""
     student: str = option(str(qwen.TINY), "folder or hub name of the model to train")
     teacher: str = option("self", "self (the frozen start), ema, or a folder or hub name")
-    ema_decay: float = option(0.99, "with --teacher ema: share of the old teacher kept each step",
-                              low=0, high=1)
+    ema_decay: float = option(0.99, "share of an ema teacher that each step keeps", low=0, high=1)
     privilege: str = option("cue", "what only the teacher is told", teaching.PRIVILEGES)
     loss: str = option("forward_kl", "divergence at each token",
                        ("forward_kl", "reverse_kl", "jsd", "sampled"))
     data: str = option("", "training records, JSONL; empty for a drawn world of the student's size")
-    eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
-    dev_data: str = option("", "records for the evaluations inside a run, which choose its best "
-                           "student; empty for dev.jsonl beside the training records, if it is "
-                           "there; test for the test records")
-    eval_limit: int = option(512, "use the first so many test and dev records, 0 for all", low=0)
-    before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
-                               "for all", low=0)
     instruction: str = option(qwen.INSTRUCTION, "behind each question that has none of its own")
     steps: int = option(275, "updates; 275 is the paper's main run", low=1)
     batch_size: int = option(128, "prompts an update", low=1)
-    samples_per_prompt: int = option(1, "responses to each prompt, which is read once for all",
-                                     low=1)
-    max_prompt_tokens: int = option(2048, "longer prompts are left out and counted, never cut",
-                                    low=1)
+    samples_per_prompt: int = option(1, "responses to each prompt, which is read once", low=1)
+    max_prompt_tokens: int = option(2048, "longer prompts are left out, never cut", low=1)
     max_new_tokens: int = option(4096, "response tokens", low=1)
     temperature: float = option(1.0, "of sampling; scoring is always at 1", low=0, high=1e6)
-    top_p: float = option(1.0, "nucleus of sampling, 1 for the whole distribution", low=1e-9,
-                          high=1)
+    top_p: float = option(1.0, "nucleus of sampling, 1: the whole distribution", low=1e-9, high=1)
     top_k: int = option(0, "sample from the k most likely, 0 for all", low=0)
     lr: float = option(1e-6, "learning rate of the model", low=0, high=1e6)
     cue_lr: float = option(1e-4, "learning rate of the module and of LoRA", low=0, high=1e6)
     warmup: int = option(10, "steps until the full learning rate", low=0)
-    final_lr: float = option(0.1, "share of the rate left at the last step (paper: constant, 1)",
-                             low=0, high=1)
+    final_lr: float = option(0.1, "share of it left at the last step (paper: 1)", low=0, high=1)
     clip: float = option(1.0, "largest gradient norm", low=1e-12)
     weight_decay: float = option(0.0, "AdamW's", low=0, high=1e6)
     cue_recovery: bool = option(True, "attach the sink-token module to the student")
-    every: int = option(0, "a module block each so many layers; 0: 5, or a third of a shallow one",
-                        low=0)
+    every: int = option(0, "layers from block to block; 0: 5, or a third of a shallow model", low=0)
     sink: str = option("first", "the token that asks the picture: first of the sequence (paper), "
                        "or last of the prompt, which has read the question", ("first", "last"))
     train: str = option("all", "which weights: all, language (no vision tower), lora (adapters and "
                         "the module), cue (the module)", ("all", "language", "lora", "cue"))
     lora_rank: int = option(16, "with --train lora", low=1)
     lora_alpha: float = option(32.0, "with --train lora: adapters count alpha / rank", low=0)
-    min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
-    max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
-                             low=0)
-    seed: int = option(0, "of data order, sampling and the module's start", low=0,
-                       high=10**12)
-    eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
+    seed: int = option(0, "of data order, sampling and the module's start", low=0, high=10**12)
 
 
 # What `python distill.py` changes when the student is the tiny default.
@@ -133,22 +115,7 @@ def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
 
     method: the name of another step than training_step; a resumed run must have begun with it.
     """
-    parser = parser_of(Config, __doc__.split("\n\n")[0])
-    typed = vars(parser.parse_args(argv))
-    resume = Path(typed.pop("resume")) if typed.get("resume") else None
-    try:
-        if resume:
-            typed = identity.settings_of_run(resume, typed, Config.__dataclass_fields__, method)
-        elif checks.is_tiny(typed.get("student", qwen.TINY)):
-            typed = {**TOY, **typed}
-        config = Config(**typed)
-        # the process as well: runs that start in the same second are two
-        config.name = config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}"
-        checks.check_settings(config)
-        identity.make_absolute(config)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return config, resume
+    return identity.read_settings(Config, TOY, __doc__.split("\n\n")[0], argv, method)
 
 
 # ---------------------------------------------------------------------------- one step
@@ -277,17 +244,6 @@ def response_states(processor, responses, hidden, prompts, model, rows) -> torch
 
 
 # ---------------------------------------------------------------------------- the run
-
-def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
-    """This step's records: epoch follows epoch, each shuffled by (seed, epoch)."""
-    places = (divmod(n, len(records)) for n in range(step * size, (step + 1) * size))
-    return [records[order_of(epoch, len(records), seed)[place]] for epoch, place in places]
-
-
-@lru_cache(2)          # shuffling a million records takes a second
-def order_of(epoch: int, count: int, seed: int) -> list[int]:
-    return random.Random(f"{seed} {epoch}").sample(range(count), count)
-
 
 def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
     """(graded rows, their summary) of the test records, greedily; shared by all processes."""

@@ -30,21 +30,19 @@ from tqdm import tqdm
 
 import model as qwen
 import teacher as teaching
-from benchmarks import readers
 from benchmarks.counting import before_after, interval, line, table, unparsed_warning
 from benchmarks.grade import Grade, grade
+from benchmarks.readers import with_frames
 from data import records as record_files, toy
 from rollout import sample
-from scale.answers import answer_into, saved_answers
+from scale.answers import answer_into, answers_kept, saved_answers
 from scale.asked import DECODING, add_decoding, fill_in, load_asked
-from scale.checkpoint import read_jsonl
 from scale.checks import is_tiny, number, one_line, quiet
 from scale.decoder import FastDecoder
 from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
 
 GROUP = 4                # batches sampled as one queue and saved together
-VIDEO_FRAMES = 64        # "Video-MME_64frame", table 4
 MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
          "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
 __all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after",
@@ -90,14 +88,6 @@ def answer(model, processor, records: list[dict], *, hint=lambda record: None,
                      presence_penalty=presence_penalty, generator=generator, **processor.sampling)
         yield [judge(record, processor.decode(ids[:n]), stopped, n) for record, ids, n, stopped
                in zip(part, got.ids.tolist(), got.lengths.tolist(), got.stopped.tolist())]
-
-
-def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
-    """The record with at most `count` frames of its video, chosen or decoded now, not before."""
-    if not record.get("video") or record.get("seconds"):
-        return record
-    pictures, seconds = readers.frames(record, count)
-    return {**record, "video": pictures, "seconds": seconds}
 
 
 def judge(record: dict, response: str, stopped: bool, length: int) -> dict:
@@ -170,12 +160,6 @@ def main(argv=None) -> None:
     with one_line("evaluate.py", lambda: answers_kept(args.out)):
         own = fill_in(args)
         main_records(args, own) if args.ask is None else main_ask(args)
-
-
-def answers_kept(out: str) -> str:
-    """What an evaluation that ends now leaves on disk."""
-    rows = len(read_jsonl(Path(out))) if Path(out).is_file() else 0
-    return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
 
 
 def main_records(args, own: dict) -> None:

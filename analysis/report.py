@@ -56,7 +56,7 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
 from benchmarks.counting import percent  # noqa: E402
 from data import records as record_files  # noqa: E402
 from distill import HERE, TOY, Config, response_states  # noqa: E402
-from evaluate import judge, with_frames  # noqa: E402
+from evaluate import judge  # noqa: E402
 from model import last_hidden_state, load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402

@@ -71,6 +71,7 @@ FILES = {
 MAX_LITERAL = 20_000    # characters of a list or dict literal; the longest real ones have hundreds
 REFERENCE = 64          # a picture cell up to this long names another row (VLMEvalKit image_base)
 LABELS = string.ascii_uppercase
+VIDEO_FRAMES = 64       # "Video-MME_64frame" in the paper's table 4
 VIDEOS = (".mp4", ".MP4", ".mkv", ".webm", ".mov", ".avi")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -649,6 +650,14 @@ def frame_indices(total: int, count: int) -> list[int]:
     """
     count = min(total, count)
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def with_frames(record: dict, count: int = VIDEO_FRAMES) -> dict:
+    """The record with at most `count` frames of its video, chosen or decoded now, not before."""
+    if not record.get("video") or record.get("seconds"):
+        return record
+    pictures, seconds = frames(record, count)
+    return {**record, "video": pictures, "seconds": seconds}
 
 
 def frames(item: dict, count: int) -> tuple[list, list[float]]:

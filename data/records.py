@@ -14,6 +14,7 @@ a training run must not die of line 8,000 after an hour.
 
 In:  load(path): the records, with absolute picture paths. An id is a str that knows its line.
      check_pictures(records): nothing, or one ValueError that names the pictures that do not decode.
+     batch_of(records, step, size, seed): those of one training step.
 Copy this file alone; it needs pillow and tqdm, and only for check_pictures.
 
 Left out: whether answers are right, whether a cue says what is seen (leaks.py), other formats
@@ -24,12 +25,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import stat
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -262,3 +265,16 @@ def _why_unreadable(picture, how: str, alone: threading.Lock) -> str | None:
     except Exception as error:              # Pillow's readers raise many kinds
         return str(error)[:200] or type(error).__name__
     return None
+
+
+# ---------------------------------------------------------------------------- the order of a run
+
+def batch_of(records: list[dict], step: int, size: int, seed: int) -> list[dict]:
+    """This step's records: epoch follows epoch, each shuffled by (seed, epoch)."""
+    places = (divmod(n, len(records)) for n in range(step * size, (step + 1) * size))
+    return [records[order_of(epoch, len(records), seed)[place]] for epoch, place in places]
+
+
+@lru_cache(2)          # shuffling a million records takes a second
+def order_of(epoch: int, count: int, seed: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)

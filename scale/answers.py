@@ -51,6 +51,12 @@ def answer_into(path: Path, rows: list[dict], records: list[dict], group: int, a
     return rows
 
 
+def answers_kept(out: str) -> str:
+    """What an evaluation that ends now leaves on disk."""
+    rows = len(read_jsonl(Path(out))) if Path(out).is_file() else 0
+    return f"; {rows} answers are in {out}, the same command goes on" if rows else ""
+
+
 def saved_answers(out: Path, records: list[dict], settings: dict) -> list[dict]:
     """Rows of an earlier start of the same command. Its settings stand in OUT.settings.json."""
     path = out.with_name(out.name + ".settings.json")

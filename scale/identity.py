@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import time
 from pathlib import Path
 
 try:
@@ -31,6 +32,7 @@ except ImportError:             # Windows
 
 import model as qwen
 from scale import checkpoint, checks, sharding
+from scale.settings import parser_of
 
 BLOCK = 1 << 20
 # What --resume takes: limits, what changes memory and not the result, and data that were moved.
@@ -165,6 +167,29 @@ def check_same(folder: Path, config, saved: dict, now: dict) -> None:
 
 
 # ---------------------------------------------------------------------------- the settings
+
+def read_settings(kind, toy: dict, about: str, argv, method: str = ""):
+    """(settings, folder of the run to resume or None) of a command line; what is wrong ends it.
+
+    kind: the dataclass. toy: what the tiny student changes. method: as settings_of_run has it.
+    """
+    parser = parser_of(kind, about)
+    typed = vars(parser.parse_args(argv))
+    resume = Path(typed.pop("resume")) if typed.get("resume") else None
+    try:
+        if resume:
+            typed = settings_of_run(resume, typed, kind.__dataclass_fields__, method)
+        elif checks.is_tiny(typed.get("student", qwen.TINY)):
+            typed = {**toy, **typed}
+        config = kind(**typed)
+        # the process as well: runs that start in the same second are two
+        config.name = config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}"
+        checks.check_settings(config)
+        make_absolute(config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config, resume
+
 
 def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
     """The settings in RUN/args.json, and those typed beside --resume; ValueError for others.

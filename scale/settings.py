@@ -2,7 +2,7 @@
 
 The idea.  A setting is a field of a dataclass, with its help, its choices and its range beside it;
 the command line is made of the fields. Machine has the knobs that say how and how long a run uses
-a machine. distill.Config adds those of the method.
+a machine, and how it is measured. distill.Config adds those of the method.
 
 In:  a dataclass, the command line.  Out: what was typed.
 Use it alone: imports the standard library only.
@@ -20,7 +20,18 @@ def option(default, text: str, choices=None, low=-math.inf, high=math.inf):
 
 @dataclass
 class Machine:
-    """What a run may use: memory, time, devices. None is part of the method."""
+    """What a run may use, and how it is measured. None is part of the method."""
+    eval_data: str = option("", "test records; empty for test.jsonl beside the training records")
+    dev_data: str = option("", "records for the evaluations inside a run, which choose its best "
+                           "student; empty for dev.jsonl beside the training records, if it is "
+                           "there; test for the test records")
+    eval_limit: int = option(512, "use the first so many test and dev records, 0 for all", low=0)
+    before_limit: int = option(64, "of the test records, how many before step 1, by both models; 0 "
+                               "for all", low=0)
+    eval_every: int = option(50, "steps between evaluations, 0 for only before and after", low=0)
+    min_pixels: int = option(0, "smallest picture in pixels, 0 for the checkpoint's own", low=0)
+    max_pixels: int = option(1_310_720, "largest picture in pixels, 0 for the checkpoint's own",
+                             low=0)
     sample_batch: int = option(0, "rows sampled at a time; 0 for the most that fit, see --plan",
                                low=0)
     micro_batch_tokens: int = option(0, "tokens, padding included, scored at a time; 0: what fits",
