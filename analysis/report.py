@@ -54,6 +54,7 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
                               chart, forest, frame, image_tag, legend, missing,
                               rollouts_picture, spread, table, token_spans)
 from benchmarks.counting import percent  # noqa: E402
+from benchmarks.readers import with_frames  # noqa: E402
 from data import records as record_files  # noqa: E402
 from distill import HERE, TOY, Config, response_states  # noqa: E402
 from evaluate import judge  # noqa: E402
