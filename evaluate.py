@@ -145,8 +145,10 @@ def read_arguments(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ask is None and (args.image or args.hint):
         parser.error("--image and --hint belong to --ask")
-    if args.ask is not None and args.data:
-        parser.error("--ask answers one question: leave out --data")
+    for_records = [f"--{name}" for name in ("data", "limit", "privilege", "out")
+                   if getattr(args, name) != parser.get_default(name)]
+    if args.ask is not None and for_records:
+        parser.error(f"--ask answers one question: leave out {', '.join(for_records)}")
     return args
 
 

@@ -16,6 +16,7 @@ Left out: errors as outputs (an error ends the making), standard error, anything
 """
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import contextlib
@@ -82,6 +83,7 @@ def notebook(cells, outputs) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     cells = read_cells(SCRIPT.read_text(encoding="utf-8"))
     namespace = {"__name__": "__main__", "__file__": str(SCRIPT)}
     outputs = [run_cell(source, namespace) for kind, source in cells if kind == "code"]

@@ -36,7 +36,7 @@ from loss import distill_loss  # noqa: E402
 from model import last_hidden_state, load  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint  # noqa: E402
-from scale.checks import quiet  # noqa: E402
+from scale.checks import one_line, quiet  # noqa: E402
 from teacher import hint  # noqa: E402
 
 # Dimension letters: B answers, T tokens of an answer, N tokens of all answers, D hidden.
@@ -102,9 +102,15 @@ def main(argv=None) -> None:
     parser.add_argument("--records", type=int, default=512, help="test questions, 512")
     parser.add_argument("--out", default="", help="the picture (default: RUN/which_tokens.png)")
     args = parser.parse_args(argv)
+    with one_line("docs/which_tokens.py"):
+        show(args.run, args.records, args.out)
+
+
+def show(run: Path, records: int, out: str) -> None:
+    """Print the table and draw it."""
     quiet()
     torch.set_num_threads(1)
-    found = measure(args.run, args.records)
+    found = measure(run, records)
     means = {kind: [sum(of[kind]) / len(of[kind]) for of in found.values()] for kind in KINDS}
     rows = dict(sorted(means.items(), key=lambda row: -row[1][-1] / row[1][0]))
     rows["all tokens"] = [sum(map(sum, of.values())) / sum(map(len, of.values()))
@@ -112,8 +118,7 @@ def main(argv=None) -> None:
     print(grid([["kind", "tokens", *(f"step {step}" for step in found)]]
                + [[kind, str(len(found[0].get(kind, [])) or sum(map(len, found[0].values()))),
                    *(f"{nats:.3f}" for nats in row)] for kind, row in rows.items()]))
-    drawings.kinds([*found], rows).save(args.out or args.run / "which_tokens.png",
-                                          optimize=True)
+    drawings.kinds([*found], rows).save(out or run / "which_tokens.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -90,16 +90,19 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All complete lines; a last line that a kill cut short is left out."""
+    """All complete lines; a last line that a kill cut short is left out. ValueError, with the line,
+    if another one is damaged."""
     if not Path(path).exists():
         return []
     out = []
     # bytes, not splitlines(): text may hold U+2028, and a kill may cut a character in two
-    for line in Path(path).read_bytes().split(b"\n"):
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             out.append(json.loads(line))
-        except ValueError:
-            break
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: damaged, not valid JSON: {error}") from None
     return out
 
 

@@ -224,7 +224,7 @@ def check_models(config) -> qwen.Processor:
                          "stay beside the student")
     if config.train == "cue" and not config.cue_recovery:
         raise ValueError("--train cue trains the module only, and --no-cue-recovery leaves it out")
-    if config.privilege == "none" and config.teacher in ("self", "ema"):
+    if config.privilege == "none" and config.teacher in ("self", "ema", config.student):
         raise ValueError(f"--privilege none: a teacher that is told nothing and is the student too "
                          f"(--teacher {config.teacher}) agrees with it, at a loss of zero; give a "
                          "bigger --teacher or another --privilege")

@@ -144,6 +144,15 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path):
     assert len(read_jsonl(path)) == 2
 
 
+@pytest.mark.parametrize("line", ['{"step": 2', "\0\0", "", "NaN2"])
+def test_a_damaged_line_among_others_is_named(tmp_path, line):
+    """All behind it was left out, so a table of runs showed one of 50 steps and said nothing."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: damaged"):
+        read_jsonl(path)
+
+
 def test_a_resumed_run_appends_after_a_cut_line(tmp_path):
     """A line appended to half a line would be lost together with it."""
     path = tmp_path / "metrics.jsonl"

@@ -544,7 +544,9 @@ def test_a_question_that_cannot_be_asked_gets_one_line(argv, message):
 
 
 @pytest.mark.parametrize("argv", [["--image", "a.png"], ["--hint", "x"],
-                                  ["--ask", "x", "--data", "y"]])
+                                  ["--ask", "x", "--data", "y"], ["--ask", "x", "--out", "y"],
+                                  ["--ask", "x", "--limit", "3"],
+                                  ["--ask", "x", "--privilege", "cue"]])
 def test_flags_of_a_question_belong_together(argv, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(qwen.TINY), *argv])

@@ -7,6 +7,7 @@ ended in one line, or went on by itself, and after --resume all that it left equ
 nobody disturbed, byte for byte; or the input was refused by name. Lost: anything else. By hand,
 since all of it takes about ten minutes.
 """
+import argparse
 import random
 import shutil
 import subprocess
@@ -101,7 +102,12 @@ def lines(data: Path, folder: Path) -> tuple[int, int]:
     return tried, survived
 
 
-def main(names) -> None:
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", nargs="*", help="of kills, disks, owners, cuts, lines: default all")
+    names = parser.parse_args(argv).what
+    if unknown := set(names) - {"kills", "disks", "owners", "cuts", "lines"}:
+        parser.error(f"no such experiment: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as name, forking(Path(name) / "log") as run:
         base = Path(name)
         toy.write(base / "toy", train=40, test=16, seed=3)
@@ -121,4 +127,4 @@ def main(names) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
