@@ -5,14 +5,15 @@
 #     AGAIN=1 bash analysis/grid.sh         also what docs/results has
 #     SEEDS="0" bash analysis/grid.sh       one seed
 #     JOBS=4 bash analysis/grid.sh          runs side by side, one thread each (default: one a core)
-#     FLAGS="--steps 20" bash analysis/grid.sh        for every arm alike
+#     FLAGS="--steps 20" bash analysis/grid.sh        for every arm alike (default: 100 steps, and
+#                                           eager attention, as what docs/results has was made)
 #
 # Afterwards: python analysis/compare.py runs/grid/* --keep docs/results
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/grid
 jobs=${JOBS:-$(nproc)}                 # before the next line, which nproc obeys
-export OMP_NUM_THREADS=1 FLAGS="${FLAGS:---steps 100 --eval-every 0}" AGAIN="${AGAIN:-}"
+export OMP_NUM_THREADS=1 FLAGS="${FLAGS:---steps 100 --eval-every 0 --attention eager}" AGAIN="${AGAIN:-}"
 
 # The worlds that lie to the teacher, tell it nothing, or show it another picture.
 for world in wrong empty; do

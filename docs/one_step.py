@@ -282,7 +282,7 @@ print(processor.decode(greedy.ids[0]))
 # %% [markdown]
 # Not yet. It finds the fourth blue shape, but now it also takes the red square for a blue one. One
 # answer taught it one thing: *go on*. Where to stop, it must learn from other pictures. This is why
-# a step has 48 prompts, and a run has 150 steps. (The README shows what such a run reaches.)
+# a step has 48 prompts, and a run has 140 steps. (The README shows what such a run reaches.)
 #
 # ## The recovery module
 #
@@ -528,5 +528,5 @@ sabotage("cue_recovery.py", "nn.init.zeros_(block.output.weight)",
 
 # %% [markdown]
 # That is all of the method. What `distill.py` adds is a loop, settings, and a table at the end:
-# `python distill.py` takes these four steps 150 times. The README names the order in which to read
+# `python distill.py` takes these four steps 140 times. The README names the order in which to read
 # the seven files.
