@@ -20,15 +20,14 @@ While it is attached, model.save_pretrained writes the module's weights too: det
 
 Departures from the paper and its release
 1) W_O starts at zero: at step 0 the student is the base model, exactly.
-2) Block.absorbed computes what Block.textbook does, with the same weights and a hundredth of the
-   multiplications at 1,782 visual tokens. It needs less memory and on a CPU is faster by far; on a
-   GPU the textbook is, by 1 ms of 3 (docs/speed.md).
+2) Block.absorbed computes what Block.textbook does, with a hundredth of the multiplications at
+   1,782 visual tokens. It needs less memory and on a CPU is faster by far; on a GPU the textbook
+   is, by 1 ms of 3 (docs/speed.md).
 3) A block stands before layer l + 1 for l = 0, every, 2 every, ... (after layer l *and* its
    DeepStack addition), and never behind the last layer, where no token could read the sink any
    more. The 8B model of the release has such a block: 67 M parameters without a useful gradient.
-4) sink="last" is one step beyond the paper. The first token cannot see the question, so it asks
-   every picture the same thing. The last token of the prompt has read picture and question, and
-   the answer's tokens read it. The default is the paper's "first".
+4) sink="last" goes beyond the paper. The first token cannot see the question, so it asks every
+   picture the same thing. The last token of the prompt has read both.
 Prefill means: no cached positions yet. A training forward has no cache, so the module is on there.
 With gradient checkpointing and transformers before 5.23, run backward before the next forward: the
 layers are run again in backward and read the masks of the last forward.
@@ -116,11 +115,9 @@ def softmax(scores, visual):
 class CueRecovery(nn.Module):
     """All blocks, and what they need to know of the prompt that is being read.
 
-    blocks            ModuleDict, "l" -> the Block applied between layer l and layer l + 1
-    prefill           (sink, visual, lo, hi) as Block.forward takes them, if the last forward was
-                      the prefill of a batch with pictures, else None: the blocks are off
-    keep_attention    set True to collect attention maps
-    attention         {l: (B, H, L)} of the last prefill; zero off the visual tokens
+    blocks       ModuleDict, "l" -> the Block applied between layer l and layer l + 1
+    prefill      (sink, visual, lo, hi) as Block.forward takes them; None: the blocks are off
+    attention    {l: (B, H, L)} of the last prefill, zero off the visual tokens, if keep_attention
     """
 
     def __init__(self, model, every: int, seed: int, sink: str):
@@ -188,10 +185,8 @@ class CueRecovery(nn.Module):
 
     @contextmanager
     def prompt(self, end):
-        """`with cue.prompt(end):` prompts end before column `end`, and responses may follow.
-
-        end: one column for all rows, or (B,) for each its own. sink="last" needs it where no cache
-        tells that only the prompt is there; sink="first" ignores it.
+        """`with cue.prompt(end):` prompts end before column `end`, (B,) or one for all; responses
+        may follow. sink="last" needs it wherever there is no cache; sink="first" ignores it.
         """
         self.end = end
         try:

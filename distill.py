@@ -11,8 +11,7 @@ The idea.  The student answers its own prompts; a teacher that was also told wha
 picture (ViCuR, arXiv 2606.05718) scores the same tokens; the student is pulled toward the teacher
 token by token. Inference is unchanged: there is no hint, only the picture.
 
-In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a checkpoint for
-AutoModelForImageTextToText.
+In:  a checkpoint, records (data/records.py).  Out: runs/NAME/ with a Hugging Face checkpoint.
 Read training_step first. What is not the method (memory, saving, several processes) is in scale/.
 
 The one equation (eq. 6-8, with the exact divergence in place of its one-sample estimate):
@@ -137,7 +136,7 @@ def training_step(student, teacher, processor, records, uniforms, config: Config
     sums.lap("sample")
     # 3) score: both read the same token ids; the divergence at each of them; backward
     responses = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
-    prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))
+    prompts, hinted = ([p for p in side for _ in range(K)] for side in (prompts, hinted))  # B K
     groups = micro_batches(prompts, hinted, responses, config.micro_batch_tokens)
     groups = scale.even_out(groups, prompts, hinted, responses)
     read = partial(response_states, processor, responses, scale.hidden)

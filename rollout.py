@@ -1,16 +1,15 @@
 """rollout.py - the hand-written sampling loop: the student answers its own prompts.
 
-The idea.  On-policy distillation trains on what the student itself says. `sample` reads a batch of
-left-padded prompts once (prefill), then draws one token per row per step until a row emits a stop
-id or reaches the limit. A row that has stopped leaves the batch, and a prompt that waits may take
-its place. Several samples of one prompt share its prefill.
+The idea.  On-policy distillation trains on what the student itself says. `sample` reads left-padded
+prompts once (prefill), then draws a token per row per step until the row emits a stop id or reaches
+the limit. It then leaves the batch, and a prompt that waits may take its place. Several samples of
+one prompt share its prefill.
 
     prompts (B, L), left-padded          responses (B, T), right-padded
       . . a b c d   ->                     x y z <stop>
       e f g h i j   ->                     u v . .          stopped=False if cut off by the limit
 
-In:  the model, the keyword arguments of its forward call (input_ids, attention_mask, pictures,
-     ...), the sampling settings, a seeded generator.
+In:  the model, the keyword arguments of its forward call, sampling settings, a seeded generator.
 Out: Rollout(ids, lengths, stopped, logprobs).
 
 The one equation.  p(token) ~ softmax(logits' / temperature), cut to its top k, then to its nucleus
@@ -18,9 +17,9 @@ of mass p; logits' = logits after penalties and bans. A token is drawn by invert
 distribution at one uniform number per row and step:  first token with cdf > u.
 
 Two decoders.  What the loop needs of a model is three methods (read prompts, one step, keep these
-rows) and one flag, joins. PlainDecoder below has them on the model's own cache, so this file works
-alone (torch only; Qwen3-VL of transformers 5.4 and later). scale/decoder.py has a faster one, with
-the same tokens: sample(model, batch, ..., decoder=FastDecoder).
+rows) and one flag, joins. PlainDecoder has them on the model's own cache, so this file works alone
+(torch only; Qwen3-VL of transformers 5.4 and later). The one in scale/decoder.py is faster and
+draws the same tokens: sample(model, batch, ..., decoder=FastDecoder).
 
 Choices a reader may wonder about:
 1) Uniform numbers are drawn for all rows of the batch, finished or not, on the CPU. So a row's
@@ -29,10 +28,8 @@ Choices a reader may wonder about:
 2) Positions are computed once and passed at every step. The model would otherwise take them from
    `rope_deltas`, a hidden state that any other forward pass (say, the teacher's) overwrites.
 3) Penalties look at generated tokens only, never at the prompt (as vLLM's presence penalty does).
-4) Steps run in inference mode, where operations are cheaper. The prefill does not, so what a hook
-   or a sharded model keeps from it are ordinary tensors.
-5) A step calls the whole model, so that hooks, adapters and sharding see it. Written out layer by
-   layer it would be faster at small sizes, and skip them all.
+4) Steps run in inference mode, which is cheaper; the prefill does not, so that hooks and sharded
+   models keep ordinary tensors of it. A step calls the whole model, so that they see it.
 Left out: beam search, speculative decoding, contrastive anything.
 """
 from __future__ import annotations
