@@ -24,10 +24,9 @@ Run
     python distill.py --resume runs/NAME                         goes on where it was killed
 
 Departures from the paper and its release
-1) The loss is the exact forward KL over the whole vocabulary (OPSD's objective, appendix F.3) by
-   default. `--loss sampled` is what the paper trains with: k1, one sample per position, clamped.
-   `--loss reverse_kl` is that objective without the sampling noise of the current token: for one
-   state, E_{y ~ p_theta}[-A grad log p_theta(y)] is exactly the gradient of KL(p_theta || p_T).
+1) The default loss is the exact forward KL over the whole vocabulary (OPSD's objective, appendix
+   F.3). `--loss sampled` is what the paper trains with: k1, one sample per position, clamped.
+   `--loss reverse_kl` is that without the sampling noise of the current token (why: loss.py).
 2) One update per rollout batch, so the PPO ratio is 1 and the clip idle; neither is written here.
 3) The recovery module has its own learning rate: 1e-6 from W_O = 0 goes nowhere.
 Left out: rewards, GRPO, a value model, a reference-model penalty, several updates per rollout.
@@ -35,11 +34,10 @@ Left out: rewards, GRPO, a value model, a reference-model penalty, several updat
 from __future__ import annotations
 
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,19 +47,19 @@ from tqdm import tqdm
 import evaluate
 import model as qwen
 import teacher as teaching
+from benchmarks import counting
 from data.records import batch_of
 from loss import distill_loss
 from rollout import Rollout, sample
 from scale import checkpoint, checks, identity, longrun, offload, plan, sharding
-from scale.build import Scale, build_models, choose_weights, print_settings, scale_for
-from scale.measure import Sums, decoded, metrics_of
+from scale.build import (Scale, build_models, choose_weights, optimizer_for, print_settings,
+                         scale_for)
+from scale.measure import Sums, decoded, metrics_of, micro_batches
 from scale.optimizer import Optimizer
 from scale.settings import Machine, option
 
 # Dimension letters: B prompts, K responses to each, T response tokens, W columns of a batch,
 # N scored tokens, D hidden size, V vocabulary.
-
-HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------- settings
@@ -110,10 +108,7 @@ TOY = dict(steps=140, batch_size=48, sample_batch=256, micro_batch_tokens=8192, 
 
 
 def read_config(argv=None, method: str = "") -> tuple[Config, Path | None]:
-    """Settings from the command line; with --resume those of the run, and its folder.
-
-    method: the name of another step than training_step; a resumed run must have begun with it.
-    """
+    """Settings from the command line; with --resume those of the run, and its folder."""
     return identity.read_settings(Config, TOY, __doc__.split("\n\n")[0], argv, method)
 
 
@@ -161,16 +156,14 @@ def training_step(student, teacher, processor, records, uniforms, config: Config
     return sums, rollout
 
 
-def read_prompts(processor, records, privilege: str, read_pictures=None) -> tuple[list, list]:
+def read_prompts(processor, records, privilege: str, read_pictures=list) -> tuple[list, list]:
     """What the student sees of each record, and what the teacher; a picture is decoded once."""
     # with a view the teacher has its own pictures; otherwise both prompts share their pixels
     others = ([teaching.seen(r, privilege) for r in records]
               if "teacher_images" in teaching.NEEDS[privilege] else [])
     # Pillow and numpy release the GIL; for small pictures more threads than this only wait for it
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        prompts = list(pool.map(processor.prompt, records + others))
-    if read_pictures:
-        prompts = read_pictures(prompts)
+        prompts = read_pictures(list(pool.map(processor.prompt, records + others)))
     prompts, shown = prompts[:len(records)], prompts[-len(records):]
     return prompts, [processor.prompt(record, teaching.hint(record, privilege), pictures_from=of)
                      for record, of in zip(records, shown)]
@@ -196,31 +189,11 @@ def sample_responses(student, processor, prompts, uniforms, config, decoder) -> 
 def uniform_numbers(config, step: int) -> torch.Tensor:
     """(B, K, max_new_tokens) in [0, 1): for the whole step at once, from (seed, step).
 
-    So tokens do not depend on batching or on the number of processes, and a resumed run redraws
-    them.
+    So tokens do not depend on batches or processes, and a resumed run redraws them.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    return torch.rand(config.batch_size * config.samples_per_prompt, config.max_new_tokens,
-                      dtype=torch.float64, generator=generator).unflatten(
-                          0, (config.batch_size, config.samples_per_prompt))
-
-
-def micro_batches(prompts, hinted, responses, budget: int) -> list[list[int]]:
-    """Rows grouped by length; a group padded to its longest row stays within `budget` tokens.
-
-    A row longer than the budget gets a group of its own, and a row much shorter than its group
-    starts the next one: a small forward pass costs less than a large one of padding.
-    """
-    sizes = [max(len(a.ids), len(b.ids)) + len(c) for a, b, c in zip(prompts, hinted, responses)]
-    groups = []
-    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        # longest first: the first row of a group sets its width
-        width = sizes[groups[-1][0]] if groups else 0
-        if width and (len(groups[-1]) + 1) * width <= budget and sizes[row] >= 0.8 * width:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    return torch.rand(config.batch_size, config.samples_per_prompt, config.max_new_tokens,
+                      dtype=torch.float64, generator=generator)
 
 
 def response_states(processor, responses, hidden, prompts, model, rows) -> torch.Tensor:
@@ -256,7 +229,7 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
     rows = sharding.collect(rows)
     summary = evaluate.summarise(rows)
     if summary["unparsed"] > 0.1:
-        tqdm.write(evaluate.unparsed_warning(rows))
+        tqdm.write(counting.unparsed_warning(rows))
     return rows, summary
 
 
@@ -283,44 +256,34 @@ def answer_gain(teacher, processor, test, config, scale) -> float:
 
 def evaluate_before(student, teacher, processor, test, config, scale, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
-    path = folder / "before.json"
-    before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
-    if before:
+    if before := longrun.read_before(folder):
         return before
     test = test[:config.before_limit or None]
     began = time.perf_counter()
     rows, base = evaluate_on(student, processor, test, config, scale, label="base, no hint")
-    seconds = time.perf_counter() - began
-    print("base     " + evaluate.line(base))
-    taught, useless = {}, False
+    seconds = (time.perf_counter() - began) / len(test)               # of one answer
+    print("base     " + counting.line(base))
+    taught = {}
     if config.privilege != "none":
         taught = {"answer_gain": answer_gain(teacher, processor, test[:64], config, scale)}
         print(f"the privilege makes the right answer {taught['answer_gain']:+.2f} nats likelier to "
               f"the teacher ({len(test[:64])} records, scored)")
-        useless = taught["answer_gain"] <= 0
     if not config.score_privilege:
         visit = offload.brought(teacher, student.device)
         with visit if config.offload_teacher else nullcontext(), teaching.at_work(teacher):
             taught |= evaluate_on(teacher, processor, test, config, scale, config.privilege,
                                   f"teacher, {config.privilege}")[1]
-        print(f"teacher  {evaluate.line(taught)}  (privilege: {config.privilege})")
-        useless = config.privilege != "none" and taught["accuracy"] - base["accuracy"] < 0.02
-    if useless:
-        print("WARNING: the privilege does not make the teacher better than the base, so there is "
-              "little to learn. Look at what it is told, or choose another --privilege.")
+        print(f"teacher  {counting.line(taught)}  (privilege: {config.privilege})")
     before = {"base": base, "teacher": taught, "rows": rows}
-    if sharding.is_main():
-        checkpoint.write_json(path, before)
-    return before | {"seconds": seconds / len(test)}                  # of one answer
+    longrun.write_before(folder, config, before, seconds)
+    return before | {"seconds": seconds}
 
 
 def run_step(student, teacher, processor, records, config, step, optimizer, scale):
     """training_step on this process's share. Returns the metrics and an answer to each record."""
-    def take():
-        return (scale.method or training_step)(
-            student, teacher, processor, sharding.share(records),
-            sharding.share(uniform_numbers(config, step)), config, step, optimizer, scale)
-
+    take = partial(scale.method or training_step, student, teacher, processor,
+                   sharding.share(records), sharding.share(uniform_numbers(config, step)),
+                   config, step, optimizer, scale)
     sums, rollout = checks.halved_if_too_large(take, config, student, scale)
     answers = sharding.collect(decoded(rollout, processor.decode, config.samples_per_prompt))
     metrics = metrics_of(step + 1, sharding.gather(sums), sum(answers, []))
@@ -330,46 +293,19 @@ def run_step(student, teacher, processor, records, config, step, optimizer, scal
 def train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                before) -> None:
     """The steps that are left, each logged as a line of metrics.jsonl."""
-    log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
-    if "seconds" in before:
-        print(longrun.expected(config, before["seconds"]))
-
     def ask(done: int) -> dict:
         _, now = evaluate_on(student, processor, dev, config, scale)
-        tqdm.write(f"step {done:4}  {evaluate.line(now)}")
+        tqdm.write(f"step {done:4}  {counting.line(now)}")
         return now
 
-    bar = tqdm(range(len(log.rows), log.end), initial=len(log.rows), total=config.steps,
-               desc="distil", dynamic_ncols=True, disable=not sharding.is_main(),
-               bar_format=longrun.BAR)
-    for step in bar:
+    log = longrun.Log(folder, config, before.get("seconds", 0) * len(dev))
+    for step in log.steps():
         records = batch_of(train, step, config.batch_size, config.seed)
         with checks.named(f"step {step + 1}"), log.saved_first(teacher, optimizer):
             metrics, answers = run_step(student, teacher, processor, records, config, step,
                                         optimizer, scale)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
-                        tok_s=metrics["sample_tokens_per_second"], left=log.time_left(metrics))
-        if log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
-                        optimizer):
-            break
-    bar.close()
-    log.stop.release()
-
-
-def finish(student, processor, test, dev, config, scale, folder, before, started) -> None:
-    """Last evaluations, checkpoint, result.json and the table."""
-    rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
-    # the last student is compared with those before it on their records
-    last = after if dev is test else evaluate_on(student, processor, dev, config, scale)[1]
-    save = longrun.student_saver(student, processor)
-    if not sharding.is_main():
-        return
-    save(folder / "checkpoint")
-    models = {"base": before["base"], "teacher": before["teacher"], "student": after}
-    lines = longrun.write_result(folder, config, models, last, save,
-                                 time.monotonic() - started, student)
-    shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
-    print(evaluate.before_after(before["rows"], rows), evaluate.table(shown), *lines, sep="\n")
+        log.end_step(metrics, list(zip(records, answers)), ask, student, teacher, processor,
+                     optimizer)
 
 
 @sharding.peers()
@@ -378,14 +314,11 @@ def main(argv=None, method=None) -> None:
     name = method.__name__ if method else ""
     config, resume = read_config(argv, name)
     checks.quiet()
-    if config.threads and "OMP_NUM_THREADS" not in os.environ:
-        # two threads that share a busy core wait for each other at every product: docs/speed.md
-        torch.set_num_threads(config.threads)
     script = checkpoint.script({"method": name})
     with checks.one_line(script):
         if config.plan:
             return print(plan.report(config))
-        sharding.start(config.device)
+        sharding.start(config.device, config.threads)
         config = sharding.from_main(config)     # a default name has the time in it: ranks differ
         folder = resume or Path("runs") / config.name
         with identity.owned(folder, not resume, script):
@@ -395,35 +328,25 @@ def main(argv=None, method=None) -> None:
 def run(config: Config, folder: Path, resume: Path | None, method=None) -> None:
     """All of a run, in a folder that is its own: check, load, train, evaluate."""
     started = time.monotonic()                  # immune to clock changes
-    with sharding.main_first():
-        processor = checks.check_models(config)
-        train, test, dev = checks.check_data(config, processor)
-    if sharding.is_main():
-        checks.check_memory(config)
-    config = sharding.from_main(config)
+    config, train, test, dev = checks.check_all(config)
     digests = identity.check_sources(folder, config)
     student, teacher, processor = build_models(config)
     weights = choose_weights(student, config.train)
-    optimizer = Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
-                          steps=config.steps, final=config.final_lr, clip=config.clip,
-                          weight_decay=config.weight_decay,
-                          device="cpu" if config.offload_optimizer else None)
+    optimizer = optimizer_for(config, weights)
     print_settings(config, student, teacher, weights)
     if resume:
         longrun.resume(folder, optimizer, teacher, config)
-    if sharding.is_main():
-        named = {"method": method.__name__} if method else {}
-        checkpoint.write_json(folder / "args.json", asdict(config) | named | {"digests": digests})
-        log = checkpoint.read_jsonl(folder / "metrics.jsonl")      # of a run that is resumed
-        started -= sum(m.get("seconds", 0) for m in log)
+        started -= sum(m.get("seconds", 0) for m in checkpoint.read_jsonl(folder / "metrics.jsonl"))
+    identity.write_settings(folder, config, digests, method)
     scale = replace(scale_for(config, student, teacher, processor), method=method)
-    try:
+    with checks.memory_advice(config, folder):
         before = evaluate_before(student, teacher, processor, test, config, scale, folder)
         train_loop(student, teacher, processor, train, dev, config, optimizer, scale, folder,
                    before)
-        finish(student, processor, test, dev, config, scale, folder, before, started)
-    except torch.OutOfMemoryError:
-        raise MemoryError(checks.out_of_memory(config, folder)) from None
+        rows, after = evaluate_on(student, processor, test, config, scale, label="student, no hint")
+        # the last student is compared with those before it on their records
+        last = after if dev is test else evaluate_on(student, processor, dev, config, scale)[1]
+        longrun.finish(folder, config, before, rows, after, last, started, student, processor)
 
 
 if __name__ == "__main__":

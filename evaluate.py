@@ -20,33 +20,25 @@ Left out: an LLM as judge.
 """
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-import model as qwen
 import teacher as teaching
-from benchmarks.counting import before_after, interval, line, table, unparsed_warning
-from benchmarks.grade import Grade, grade
+from benchmarks.counting import interval, table
+from benchmarks.grade import grade
 from benchmarks.readers import with_frames
 from data import records as record_files, toy
 from rollout import sample
 from scale.answers import answer_into, answers_kept, saved_answers
-from scale.asked import DECODING, add_decoding, fill_in, load_asked
-from scale.checks import is_tiny, number, one_line, quiet
+from scale.asked import check_images, decoding, fill_in, identity_of, load_asked, read_arguments
+from scale.checks import is_tiny, one_line, quiet
 from scale.decoder import FastDecoder
-from scale.identity import checkpoint_digest, file_digest
 from scale.measure import count_hints
 
 GROUP = 4                # batches sampled as one queue and saved together
-MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
-         "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
-__all__ = ["Grade", "grade", "evaluate", "summarise", "interval", "table", "line", "before_after",
-           "unparsed_warning"]
 
 
 # ---------------------------------------------------------------------------- answer and grade
@@ -123,41 +115,8 @@ def summarise(rows: list[dict]) -> dict:
 
 # ---------------------------------------------------------------------------- command line
 
-def read_arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_decoding(parser)
-    parser.add_argument("--data", default="",
-                        help="records, JSONL (default: the test records of the run that the "
-                        "checkpoint belongs to, else the toy world's)")
-    parser.add_argument("--limit", type=number(int, -1), default=-1,
-                        help="first so many records, 0 for all, -1 for the run's own or all")
-    parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
-                        help="tell or show the model this, as if it were a teacher")
-    parser.add_argument("--instruction", help="behind each question that has none of its own "
-                        "(default: the run's; for a hub model: to reason and box the answer)")
-    parser.add_argument("--out", default="", help="write every question and answer here as JSONL, "
-                        "group by group; a second start goes on behind the last")
-    parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
-    parser.add_argument("--image", action="append", default=[],
-                        help="with --ask: a picture; may be given several times, or not at all")
-    parser.add_argument("--hint", help="with --ask: a privileged line, as a teacher would see it")
-    args = parser.parse_args(argv)
-    if args.ask is None and (args.image or args.hint):
-        parser.error("--image and --hint belong to --ask")
-    for_records = [f"--{name}" for name in ("data", "limit", "privilege", "out")
-                   if getattr(args, name) != parser.get_default(name)]
-    if args.ask is not None and for_records:
-        parser.error(f"--ask answers one question: leave out {', '.join(for_records)}")
-    return args
-
-
 def main(argv=None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for word in (argv[:1] + [word.partition("=")[0] for word in argv if word.startswith("--b")]):
-        if word in MOVED:
-            raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
-    args = read_arguments(argv)
+    args = read_arguments(argv, __doc__.split("\n\n")[0])
     quiet()
     with one_line("evaluate.py", lambda: answers_kept(args.out)):
         own = fill_in(args)
@@ -173,14 +132,9 @@ def main_records(args, own: dict) -> None:
     records = [teaching.seen({"instruction": args.instruction, **record}, args.privilege)
                for record in records]
     record_files.check_pictures(records)
-    decoding = {name: getattr(args, name) for name in DECODING}
-    asked = {"hint": lambda r: teaching.hint(r, args.privilege), **decoding}
+    asked = {"hint": lambda r: teaching.hint(r, args.privilege), **decoding(args)}
     if args.out:
-        rows = saved_answers(Path(args.out), records, {
-            "records": file_digest(data), "limit": limit, "privilege": args.privilege,
-            "checkpoint": checkpoint_digest(qwen.find_folder(args.model)),
-            "instruction": args.instruction, **decoding,
-            "min_pixels": args.min_pixels, "max_pixels": args.max_pixels})
+        rows = saved_answers(Path(args.out), records, identity_of(args, data, limit))
         model, processor = load_asked(args)
         rows = answer_into(Path(args.out), rows, records, GROUP * args.batch_size, label="evaluate",
                            ask=lambda done: answer(model, processor, records, done=done, **asked))
@@ -192,24 +146,13 @@ def main_records(args, own: dict) -> None:
 
 def main_ask(args) -> None:
     """Print the answer to one question; a wrong picture is found before the model is loaded."""
-    for path in args.image:
-        try:
-            with Image.open(path) as picture:
-                picture.load()
-        except Exception as error:      # Pillow's readers raise many kinds
-            reason = "no such file" if isinstance(error, FileNotFoundError) else error
-            raise ValueError(f"--image {path}: cannot be read: {reason}") from None
-    model, processor = load_asked(args)
-    record = {"id": "of --ask", "images": args.image, "question": args.ask,
+    check_images(args.image)
+    record = {"id": "of --ask", "images": args.image, "question": args.ask, "answer": "",
               "instruction": args.instruction}
-    batch = processor.batch([processor.prompt(record, args.hint)], device=model.device)
-    got = sample(model, batch, max_new_tokens=args.max_new_tokens,
-                 temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-                 presence_penalty=args.presence_penalty, **processor.sampling,
-                 generator=torch.Generator().manual_seed(args.seed))
-    print(processor.decode(got.ids[0]))
-    if not got.stopped[0]:
-        print(f"(cut off after {int(got.lengths[0])} tokens; --max-new-tokens)", file=sys.stderr)
+    row, = evaluate(*load_asked(args), [record], hint=lambda _: args.hint, **decoding(args))
+    print(row["response"])
+    if not row["stopped"]:
+        print(f"(cut off after {row['length']} tokens; --max-new-tokens)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 
 SYSTEM = "You are a helpful assistant."  # PAPER table 4
 INSTRUCTION = "Reason step by step, then put the final answer in \\boxed{}."    # to be graded
@@ -98,10 +99,10 @@ def load(path, dtype=None, device=None, *, min_pixels=None, max_pixels=None, att
          cue: bool = True):
     """A checkpoint folder or hub name -> (model of transformers in eval mode, Processor).
 
-    device: default cuda if there is one, else cpu; "meta" for shapes without numbers. dtype: by
-    default float32 on a CPU, else bfloat16. A cue_recovery.safetensors in the folder is attached (not with
-    cue=False: a teacher has none). Raises for another architecture, and for weights that are not
-    exactly the model's: one missing, one too many, one of another shape.
+    device: default cuda if there is one, else cpu; "meta" for shapes without numbers. dtype:
+    default float32 on a CPU, else bfloat16. A module in the folder (cue_recovery.safetensors) is
+    attached, unless cue is False: a teacher has none. Raises for another architecture, and for
+    weights that are not exactly the model's: one missing, one too many, one of another shape.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -430,17 +431,11 @@ class Processor:
         """
         if side not in ("left", "right"):
             raise ValueError(f"side is {side!r}, expected 'left' or 'right'")
-        B, L = len(prompts), max(len(prompt.ids) for prompt in prompts)
-        ids = torch.full((B, L), self.pad_id)
-        mask = torch.zeros(B, L, dtype=torch.long)
-        positions = torch.zeros(3, B, L, dtype=torch.long)  # padding is never attended to
-        for row, prompt in enumerate(prompts):
-            n = len(prompt.ids)
-            where = slice(L - n, L) if side == "left" else slice(0, n)
-            ids[row, where] = torch.tensor(prompt.ids)
-            mask[row, where] = 1
-            positions[:, row, where] = rope_positions(prompt, self.image_id, self.merge,
-                                                      self.video_id)
+        rows = [torch.tensor(prompt.ids) for prompt in prompts]
+        places = [rope_positions(p, self.image_id, self.merge, self.video_id).T for p in prompts]
+        ids = pad_sequence(rows, True, self.pad_id, side)                              # (B, L)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+        positions = pad_sequence(places, True, 0, side).permute(2, 0, 1).contiguous()  # (3, B, L)
         out = {"input_ids": ids, "attention_mask": mask, "position_ids": positions,
                "mm_token_type_ids": (ids == self.image_id).int() + 2 * (ids == self.video_id).int()}
         pictures, videos = [p for p in prompts if p.grids], [p for p in prompts if p.video_grids]

@@ -214,8 +214,6 @@ def _penalise(logits, ids, drawn, presence, repetition) -> None:
 
     logits (R, V); ids (R, t), of which the first drawn (R,) are the row's own.
     """
-    if ids.shape[1] == 0:
-        return
     # unused slots repeat the row's last token; writing the same value twice is harmless
     place = torch.arange(ids.shape[1], device=ids.device).minimum((drawn - 1)[:, None])
     generated = ids.gather(1, place.clamp(min=0))                                   # (R, t)

@@ -73,18 +73,13 @@ def seen(record: dict, privilege: str) -> dict:
     return {**record, "images": record["teacher_images"]}
 
 
-def freeze(model):
-    """Eval mode, no gradients. Returns the model."""
-    return model.eval().requires_grad_(False)
-
-
 def frozen_copy(student):
     """A frozen copy of the student as it is now, without the recovery module."""
     teacher = copy.deepcopy(student)
     for name in ADDED:
         if hasattr(teacher, name):
             getattr(teacher, name).detach()
-    return freeze(teacher)
+    return teacher.eval().requires_grad_(False)
 
 
 @contextmanager

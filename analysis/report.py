@@ -56,9 +56,9 @@ from analysis.figures import (SCRIPT, STYLE, attention_picture, attention_rows, 
 from benchmarks.counting import percent  # noqa: E402
 from benchmarks.readers import with_frames  # noqa: E402
 from data import records as record_files  # noqa: E402
-from distill import HERE, TOY, Config, response_states  # noqa: E402
+from distill import TOY, Config, response_states  # noqa: E402
 from evaluate import judge  # noqa: E402
-from model import last_hidden_state, load, to_rgb  # noqa: E402
+from model import TINY, last_hidden_state, load, to_rgb  # noqa: E402
 from rollout import sample  # noqa: E402
 from scale import checkpoint, longrun  # noqa: E402
 from scale.checks import one_line, quiet  # noqa: E402
@@ -173,7 +173,7 @@ def command_line(args: dict) -> tuple[str, dict[str, str]]:
         plain |= TOY
     for name, value in args.items():
         toy = (name in ("data", "eval_data", "dev_data")
-               and Path(str(value)).parent == HERE / "data" / "toy")
+               and Path(str(value)).parent == TINY.parent / "toy")
         if name not in plain or value == plain[name] or toy:
             continue
         flag = "--" + name.replace("_", "-")

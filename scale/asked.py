@@ -7,15 +7,23 @@ In:  the command line of evaluate.py or benchmarks/run.py.  Out: all settings, a
 """
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from pathlib import Path
 
+from PIL import Image
+
 import model as qwen
+import teacher as teaching
 from scale import checks
 from scale.checkpoint import read_run
+from scale.identity import checkpoint_digest, file_digest
 
 DECODING = ("temperature", "top_p", "top_k", "presence_penalty", "seed", "batch_size",
             "max_new_tokens")
+MOVED = {"report": "python analysis/report.py RUN", "compare": "python analysis/compare.py RUN ...",
+         "--benchmark": "python benchmarks/run.py --model M --benchmark NAME --source DIR"}
 
 
 def add_decoding(parser) -> None:
@@ -35,6 +43,40 @@ def add_decoding(parser) -> None:
                             help=text)
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="")
+
+
+def read_arguments(argv, about: str) -> argparse.Namespace:
+    """The command line of evaluate.py."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for word in (argv[:1] + [word.partition("=")[0] for word in argv if word.startswith("--b")]):
+        if word in MOVED:
+            raise SystemExit(f"evaluate.py: `{word}` has moved: {MOVED[word]}")
+    parser = argparse.ArgumentParser(description=about,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_decoding(parser)
+    parser.add_argument("--data", default="",
+                        help="records, JSONL (default: the test records of the run that the "
+                        "checkpoint belongs to, else the toy world's)")
+    parser.add_argument("--limit", type=checks.number(int, -1), default=-1,
+                        help="first so many records, 0 for all, -1 for the run's own or all")
+    parser.add_argument("--privilege", default="none", choices=teaching.PRIVILEGES,
+                        help="tell or show the model this, as if it were a teacher")
+    parser.add_argument("--instruction", help="behind each question that has none of its own "
+                        "(default: the run's; for a hub model: to reason and box the answer)")
+    parser.add_argument("--out", default="", help="write every question and answer here as JSONL, "
+                        "group by group; a second start goes on behind the last")
+    parser.add_argument("--ask", help="answer this one question, print the answer, grade nothing")
+    parser.add_argument("--image", action="append", default=[],
+                        help="with --ask: a picture; may be given several times, or not at all")
+    parser.add_argument("--hint", help="with --ask: a privileged line, as a teacher would see it")
+    args = parser.parse_args(argv)
+    if args.ask is None and (args.image or args.hint):
+        parser.error("--image and --hint belong to --ask")
+    for_records = [f"--{name}" for name in ("data", "limit", "privilege", "out")
+                   if getattr(args, name) != parser.get_default(name)]
+    if args.ask is not None and for_records:
+        parser.error(f"--ask answers one question: leave out {', '.join(for_records)}")
+    return args
 
 
 def run_settings(model: Path) -> dict:
@@ -61,6 +103,30 @@ def fill_in(args) -> dict:
     if not getattr(args, "rescore", False):             # which asks no model
         checks.small_files(args.model, args.min_pixels or None, args.max_pixels or None)
     return own
+
+
+def decoding(args) -> dict:
+    """How the model is to answer, as evaluate.answer() takes it."""
+    return {name: getattr(args, name) for name in DECODING}
+
+
+def identity_of(args, data, limit: int) -> dict:
+    """All that the answers of evaluate.py depend on: other ones are never gone on with."""
+    return {"records": file_digest(data), "limit": limit, "privilege": args.privilege,
+            "checkpoint": checkpoint_digest(qwen.find_folder(args.model)),
+            "instruction": args.instruction, **decoding(args),
+            "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+
+
+def check_images(paths: list[str]) -> None:
+    """Every --image can be read, or ValueError: before the model is loaded."""
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except Exception as error:      # Pillow's readers raise many kinds
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise ValueError(f"--image {path}: cannot be read: {reason}") from None
 
 
 def load_asked(args):

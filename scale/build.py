@@ -26,6 +26,7 @@ from scale import lora, offload, sharding, vision
 from scale.checks import check_placement, hub_advice
 from scale.decoder import FastDecoder, without_flash
 from scale.graphs import GraphDecoder
+from scale.optimizer import Optimizer
 from scale.settings import method_first
 
 
@@ -38,7 +39,7 @@ class Scale:
     teach: Callable = teaching.teach          # how the teacher reads the micro-batches
     even_out: Callable = lambda groups, *lists: groups      # as many micro-batches on every rank
     evaluated: int = 64                       # rows of an evaluation: a bigger teacher must fit too
-    read_pictures: Callable | None = None     # prompts -> prompts; a frozen tower reads them once
+    read_pictures: Callable = list            # prompts -> prompts; a frozen tower reads them once
     method: Callable | None = None            # another step than distill.training_step
     halved: bool = False                      # a step ran out of memory before
 
@@ -69,7 +70,7 @@ def build_models(config):
         with hub_advice(config.teacher):
             teacher, _ = qwen.load(config.teacher, cue=False,
                                    **{**options, "dtype": student.dtype, **there})
-        teaching.freeze(teacher)
+        teacher.eval().requires_grad_(False)
     if config.offload_teacher and teacher is not student:
         teacher.to("cpu")
     if config.cue_recovery and getattr(student, "cue_recovery", None) is None:
@@ -93,6 +94,13 @@ def choose_weights(student, train: str) -> list:
         parameter.requires_grad_(added or train == "all"
                                  or (train == "language" and not name.startswith("model.visual.")))
     return [(n, p) for n, p in student.named_parameters() if p.requires_grad]
+
+
+def optimizer_for(config, weights) -> Optimizer:
+    return Optimizer(weights, lr=config.lr, cue_lr=config.cue_lr, warmup=config.warmup,
+                     steps=config.steps, final=config.final_lr, clip=config.clip,
+                     weight_decay=config.weight_decay,
+                     device="cpu" if config.offload_optimizer else None)
 
 
 def scale_for(config, student, teacher, processor) -> Scale:

@@ -336,12 +336,26 @@ def check_memory(config) -> None:
     print(said.splitlines()[0])
 
 
-def out_of_memory(config, folder) -> str:
-    """What to do when half the rows and half the micro-batch did not help."""
-    rows, tokens = max(1, config.sample_batch // 2), max(1, config.micro_batch_tokens // 2)
-    return (f"out of memory with --sample-batch {config.sample_batch} --micro-batch-tokens "
+def check_all(config) -> tuple:
+    """The settings, filled in, and training, test and dev records. Rank 0 looks first."""
+    with sharding.main_first():
+        records = check_data(config, check_models(config))
+    if sharding.is_main():
+        check_memory(config)
+    return sharding.from_main(config), *records
+
+
+@contextmanager
+def memory_advice(config, folder):
+    """Inside, what to do when half the rows and half the micro-batch did not help is one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        rows, tokens = max(1, config.sample_batch // 2), max(1, config.micro_batch_tokens // 2)
+        raise MemoryError(
+            f"out of memory with --sample-batch {config.sample_batch} --micro-batch-tokens "
             f"{config.micro_batch_tokens}; go on with less: {checkpoint.resume_command(folder)} "
-            f"--sample-batch {rows} --micro-batch-tokens {tokens}")
+            f"--sample-batch {rows} --micro-batch-tokens {tokens}") from None
 
 
 def halved_if_too_large(take, config, student, scale):

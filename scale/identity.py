@@ -23,6 +23,7 @@ import hashlib
 import os
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -223,6 +224,13 @@ def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
         if "data" in typed and name not in typed and path != "test" and not os.path.exists(path):
             own[name] = ""                   # moved too: looked for beside the training records
     return {**OLDER, **own, **typed}
+
+
+def write_settings(folder: Path, config, digests: dict, method=None) -> None:
+    """Write RUN/args.json, which settings_of_run() reads: from here on the folder is a run's."""
+    if sharding.is_main():
+        named = {"method": method.__name__} if method else {}
+        checkpoint.write_json(folder / "args.json", asdict(config) | named | {"digests": digests})
 
 
 def make_absolute(config) -> None:

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import teacher as teaching
+from benchmarks.counting import before_after, table
 from scale import checkpoint, sharding
 
 
@@ -87,6 +88,18 @@ class Log:
         # a run that is resumed after its end has no step left
         self.end = self.start if spent(self.rows, config) else config.steps
 
+    def steps(self):
+        """The numbers of the steps that are left, from 0, behind a progress bar."""
+        self.bar = tqdm(range(self.start, self.end), initial=self.start, total=self.config.steps,
+                        desc="distil", dynamic_ncols=True, disable=not sharding.is_main(),
+                        bar_format=BAR)
+        for step in self.bar:
+            yield step
+            if self.last:
+                break
+        self.bar.close()
+        self.stop.release()
+
     @contextmanager
     def saved_first(self, teacher, optimizer):
         """Around a step: if a picture of it cannot be read, the steps before are saved.
@@ -119,18 +132,21 @@ class Log:
                                     + (amid + 1) * self.evaluation)
 
     def end_step(self, metrics: dict, samples, ask, student, teacher, processor,
-                 optimizer) -> bool:
-        """All that follows a step: evaluate, log, save, stop. True if it was the last step.
+                 optimizer) -> None:
+        """All that follows a step: evaluate, log, save, stop.
 
         samples: (record, answer) pairs. ask(step): evaluates the student, and returns the summary.
         """
         done, config, folder = metrics["step"], self.config, self.folder
+        self.bar.set_postfix(loss=f"{metrics['loss']:.3f}", length=f"{metrics['length']:.0f}",
+                             tok_s=metrics["sample_tokens_per_second"],
+                             left=self.time_left(metrics))
         metrics["seconds"] = self.seconds()
         self.rows.append(metrics)
         if len(self.rows) >= 5 and all(m["skipped"] for m in self.rows[-5:]):
             raise FloatingPointError(f"step {done}: the gradient was not finite five times in a "
                                      "row; lower --lr, or use --dtype float32")
-        last = done == config.steps or bool(spent(self.rows, config))
+        self.last = last = done == config.steps or bool(spent(self.rows, config))
         due = config.eval_every and done % config.eval_every == 0
         if due or last:
             keep_samples(folder, done, samples, config.privilege)
@@ -149,10 +165,29 @@ class Log:
             sharding.barrier()                   # torchrun ends all as soon as one has left
             print(f"\nstopped after step {done}; go on with\n  {checkpoint.resume_command(folder)}")
             raise SystemExit(130)
-        return last
 
 
 # ---------------------------------------------------------------------------- what it leaves
+
+def read_before(folder: Path) -> dict | None:
+    """What write_before() wrote, on all processes; None if the run was not begun."""
+    path = folder / "before.json"
+    return sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
+
+
+def write_before(folder: Path, config, before: dict, seconds: float) -> None:
+    """Write before.json. Say what the run will take (seconds: of one answer), and warn of a teacher
+    that is no better with its privilege than the base."""
+    base, taught = before["base"], before["teacher"]
+    if config.privilege != "none" and (
+            taught["accuracy"] - base["accuracy"] < 0.02 if "accuracy" in taught
+            else taught["answer_gain"] <= 0):
+        print("WARNING: the privilege does not make the teacher better than the base, so there is "
+              "little to learn. Look at what it is told, or choose another --privilege.")
+    if sharding.is_main():
+        checkpoint.write_json(folder / "before.json", before)
+    print(expected(config, seconds))
+
 
 @contextmanager
 def forgiven(step: int, fatal: bool = False):
@@ -201,14 +236,21 @@ def save_state(folder: Path, step: int, optimizer, teacher, config, fatal: bool)
             checkpoint.save_state(folder / "state", step, tensors)
 
 
-def write_result(folder: Path, config, models: dict, last: dict, save, seconds: float,
-                 student) -> list[str]:
-    """Write result.json; add the accuracy to the last line of metrics.jsonl. Returns what to print.
+def finish(folder: Path, config, before: dict, rows: list[dict], after: dict, last: dict,
+           started: float, student, processor) -> None:
+    """Write checkpoint/ and result.json, add the accuracy to the last line of metrics.jsonl, and
+    print the table.
 
-    models: the summaries of base, teacher and student on the test records. last: the student's on
-    the records that choose the best one. save(folder, notes): writes the student.
+    before: what before.json holds. rows, after: the student's graded test records, their summary.
+    last: its summary on the records that choose the best one. started: by time.monotonic().
     """
-    metrics, after = checkpoint.read_jsonl(folder / "metrics.jsonl"), models["student"]
+    save = student_saver(student, processor)
+    if not sharding.is_main():
+        return
+    save(folder / "checkpoint")
+    seconds = time.monotonic() - started
+    models = {"base": before["base"], "teacher": before["teacher"], "student": after}
+    metrics = checkpoint.read_jsonl(folder / "metrics.jsonl")
     metrics[-1]["accuracy"] = last["accuracy"]
     split = "test" if config.dev_data == "test" else "dev"
     checkpoint.write_jsonl(folder / "metrics.jsonl", metrics)
@@ -229,13 +271,15 @@ def write_result(folder: Path, config, models: dict, last: dict, save, seconds: 
     checkpoint.write_json(folder / "result.json", out)
     limit, path = spent(metrics, config), folder / "checkpoint"
     ended = f"ended by {limit} after step {len(metrics)} of {config.steps}; raise it to go on"
-    return [*([ended] if limit and len(metrics) < config.steps else []),
-            f"best of {len(evaluated)} evaluations on the {split} records: step {best['step']}, "
-            f"accuracy {100 * best['accuracy']:.1f} %"
-            + (f", kept in {folder / 'best'}" if config.keep else ""),
-            f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
-            f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",
-            f"  python evaluate.py --model {path}"]
+    shown = {name: summary for name, summary in models.items() if "accuracy" in summary}
+    print(before_after(before["rows"], rows), table(shown),
+          *([ended] if limit and len(metrics) < config.steps else []),
+          f"best of {len(evaluated)} evaluations on the {split} records: step {best['step']}, "
+          f"accuracy {100 * best['accuracy']:.1f} %"
+          + (f", kept in {folder / 'best'}" if config.keep else ""),
+          f"rollouts with the word \"hint\": {out['hint_rows']} of {out['rollouts']}",
+          f"{seconds:.0f} s; checkpoint: {path}; evaluate it again with",
+          f"  python evaluate.py --model {path}", sep="\n")
 
 
 # ---------------------------------------------------------------------------- how it goes on

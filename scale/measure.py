@@ -1,10 +1,10 @@
-"""scale/measure.py - what a training step reports: sums over micro-batches, one line of log.
+"""scale/measure.py - how a step is cut into micro-batches, and what it reports: one line of log.
 
 The idea.  A step is cut into micro-batches, and perhaps over processes. What it reports must not
 depend on the cut: so sums are kept, and divided once, over all of the step's tokens.
 
-In:  divergences and gaps of each micro-batch; the answers as text.
-Out: one line of metrics.jsonl. docs/looking_at_a_run.md says what each number means.
+In:  the prompts and responses of a step; divergences and gaps of each micro-batch.
+Out: groups of rows; one line of metrics.jsonl. docs/looking_at_a_run.md says what the numbers mean.
 
 The one equation (figure 3 of the paper; one half of every response each):
     gap = mean over tokens of  log p_T(y_n | X, S, y_<n) - log p_theta(y_n | X, y_<n)
@@ -19,6 +19,24 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+
+
+def micro_batches(prompts, hinted, responses, budget: int) -> list[list[int]]:
+    """Rows grouped by length; a group padded to its longest row stays within `budget` tokens.
+
+    A row longer than the budget gets a group of its own, and a row much shorter than its group
+    starts the next one: a small forward pass costs less than a large one of padding.
+    """
+    sizes = [max(len(a.ids), len(b.ids)) + len(c) for a, b, c in zip(prompts, hinted, responses)]
+    groups = []
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        # longest first: the first row of a group sets its width
+        width = sizes[groups[-1][0]] if groups else 0
+        if width and (len(groups[-1]) + 1) * width <= budget and sizes[row] >= 0.8 * width:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 @dataclass

@@ -51,9 +51,15 @@ PATIENCE = timedelta(hours=1)       # rank 0 may evaluate, save or draw data whi
 
 # ---------------------------------------------------------------------------- processes
 
-def start(kind: str = "") -> None:
-    """Join the other processes if torchrun started several. kind: "cuda", "cpu", "" to find out."""
+def start(kind: str = "", threads: int = 0) -> None:
+    """Join the other processes if torchrun started several. kind: "cuda", "cpu", "" to find out.
+
+    threads: of the CPU, for this process; 0 for torch's choice, or OMP_NUM_THREADS's.
+    """
     global rank, world, device, mesh
+    if threads and "OMP_NUM_THREADS" not in os.environ:
+        # two threads that share a busy core wait for each other at every product: docs/speed.md
+        torch.set_num_threads(threads)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or world > 1:
         return
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()

@@ -151,6 +151,15 @@ def test_a_shared_teacher_is_the_copied_teacher(tiny, records):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_a_teacher_from_a_folder_is_frozen():
+    """As frozen_copy() leaves its own: eval mode, no gradients, no module."""
+    _, teacher, _ = distill.build_models(distill.Config(
+        student=str(qwen.TINY), teacher=str(qwen.TINY), device="cpu"))
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not hasattr(teacher, "cue_recovery")
+
+
 def test_an_offloaded_teacher_teaches_the_same(tiny, records, monkeypatch):
     """It comes once a step, reads all micro-batches, and its states wait; nothing else changes."""
     student, processor = tiny

@@ -125,7 +125,7 @@ def test_a_killed_evaluation_goes_on_and_draws_the_same(toy_folder, tmp_path, mo
     evaluate.main(on_records(toy_folder, cut, *hot))
     assert cut.read_bytes() == whole.read_bytes()
     assert len(calls) == 3 + 2, "of four groups of four the first two are not asked again"
-    monkeypatch.setattr(evaluate.qwen, "load", None)              # what follows is refused before
+    monkeypatch.setattr(qwen, "load", None)              # what follows is refused before
     for more, message in ((("--seed", "4"), "seed 3, not 4"), (("--limit", "3"), "limit 0, not 3"),
                           (("--privilege", "cue"), "privilege none, not cue")):
         with pytest.raises(SystemExit, match=f"was made with {message}"):
@@ -167,7 +167,7 @@ def test_a_trained_checkpoint_is_not_given_old_answers(toy_folder, tmp_path, mon
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.language_model.norm.weight"] += 1
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(evaluate.qwen, "load", None)
+    monkeypatch.setattr(qwen, "load", None)
     with pytest.raises(SystemExit, match="was made with checkpoint"):
         evaluate.main(argv)
 
@@ -564,7 +564,7 @@ def test_rescoring_needs_no_model_and_keeps_the_answers(tmp_path, monkeypatch):
     header, *rows = checkpoint.read_jsonl(path)
     rows[0]["response"] = f"\\boxed{{{rows[0]['gold']}}}"
     checkpoint.write_jsonl(path, [header, *rows])
-    monkeypatch.setattr(evaluate.qwen, "load", None)
+    monkeypatch.setattr(qwen, "load", None)
     run.main(bench(source, tmp_path / "out", "--benchmark", "mathvista", "--rescore"))
     again = checkpoint.read_jsonl(path)[1:]
     assert again[0]["correct"] and [r["response"] for r in again] == [r["response"] for r in rows]

@@ -333,7 +333,7 @@ def test_ctrl_c_at_any_moment_is_one_line(place, saved, world, monkeypatch, caps
         raise KeyboardInterrupt
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(distill, place, interrupt)
+        patch.setattr(distill.longrun if place == "finish" else distill, place, interrupt)
         with pytest.raises(SystemExit, match="130"):
             begin()
     said = capsys.readouterr().err.splitlines()[-1]

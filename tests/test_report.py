@@ -19,7 +19,7 @@ import model as qwen
 from analysis import report
 import teacher as teaching
 from data import records as record_files
-from conftest import append_response
+from conftest import ROOT, append_response
 from test_figures import Outline
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/p.png>'
@@ -285,7 +285,7 @@ def test_curves_keep_the_ends_and_leave_out_what_is_not_a_number(asked):
 
 def test_the_command_gives_the_run_s_settings_again(monkeypatch):
     from data import toy
-    monkeypatch.setattr(toy, "default", lambda: distill.HERE / "data" / "toy")
+    monkeypatch.setattr(toy, "default", lambda: ROOT / "data" / "toy")
     for words in (["--steps", "7", "--no-cue-recovery", "--name", "a b"],
                   ["--student", "some/model", "--data", "my/train.jsonl", "--eval-data", "t.jsonl",
                    "--gradient-checkpointing", "--name", "b"]):

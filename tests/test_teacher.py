@@ -9,8 +9,8 @@ import cue_recovery
 import teacher as teaching
 from scale import offload
 from conftest import append_response
-from teacher import (PRIVILEGES, at_work, check_same_vocabulary, freeze, frozen_copy, hint,
-                     seen, update_ema)
+from teacher import (PRIVILEGES, at_work, check_same_vocabulary, frozen_copy, hint, seen,
+                     update_ema)
 
 RECORD = {"id": "r-9", "question": "How many?", "answer": " 2 ", "cue": "Two red circles.",
           "rationale": "One and one is two.\n"}
@@ -181,12 +181,6 @@ def test_an_offloaded_teacher_is_away_between_its_turns(loaded, ragged, monkeypa
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == home
 
 
-def test_freeze_returns_the_model_without_gradients():
-    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
-    assert freeze(model) is model and not model.training and not model[0].training
-    assert not model[1].weight.requires_grad
-
-
 def linear(value, dtype=torch.float32):
     model = torch.nn.Linear(2, 2).to(dtype)
     for parameter in model.parameters():
@@ -197,14 +191,14 @@ def linear(value, dtype=torch.float32):
 def test_ema_moves_by_the_small_share():
     """PITFALLS 20. With the rate inverted the teacher is the student of a moment ago
     (trl#4935)."""
-    teacher, student = freeze(linear(0.0)), linear(1.0)
+    teacher, student = linear(0.0), linear(1.0)
     update_ema(teacher, student, decay=0.99)
     assert teacher.weight[0, 0].item() == pytest.approx(0.01)
     update_ema(teacher, student, decay=0.99)
     assert teacher.bias[0].item() == pytest.approx(0.0199)
     assert student.weight[0, 0].item() == 1.0
     for decay, value in ((1.0, 0.0), (0.0, 1.0)):
-        teacher = freeze(linear(0.0))
+        teacher = linear(0.0)
         update_ema(teacher, student, decay)
         assert teacher.weight[0, 0].item() == value
 
