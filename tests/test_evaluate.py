@@ -213,7 +213,7 @@ def test_a_flag_out_of_range_is_one_line(main, flags, flag, value, capsys):
 def test_a_console_of_another_encoding_loses_no_answer(tmp_path):
     """cp1252 cannot show most characters: the first answer in Chinese was a trace."""
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import evaluate, model\n"
-              "evaluate.load = lambda *a, **k: (None, None)\n"
+              "evaluate.load_asked = lambda *a, **k: (None, None)\n"
               "evaluate.evaluate = lambda *a, **k: [evaluate.judge({'id': '1', 'question': 'q', "
               "'answer': '2'}, '2', True, 1)]\n"
               "evaluate.table = lambda s: chr(0x5706)\n"
