@@ -224,7 +224,7 @@ def evaluate_on(model, processor, test, config, scale, privilege="none", label="
         rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,
-                                 batch_size=min(scale.evaluated, config.sample_batch),
+                                 batch_size=min(scale.evaluation_rows, config.sample_batch),
                                  label=label if sharding.is_main() else "")
     rows = sharding.collect(rows)
     summary = evaluate.summarise(rows)
@@ -256,7 +256,8 @@ def answer_gain(teacher, processor, test, config, scale) -> float:
 
 def evaluate_before(student, teacher, processor, test, config, scale, folder) -> dict:
     """Accuracy of the base, and of the teacher with its privilege. A resumed run reads the file."""
-    if before := longrun.read_before(folder):
+    before = longrun.read_before(folder)
+    if before is not None:
         return before
     test = test[:config.before_limit or None]
     began = time.perf_counter()

@@ -19,7 +19,7 @@ The one equation.  A picture of H x W pixels costs  n = (H / 2P) * (W / 2P)  vis
 patch size, 2 = merge); H and W are first rounded to multiples of 2P inside the pixel budget.
 
 Use it alone:  model, processor = load("Qwen/Qwen3-VL-2B-Instruct"); needs torch, transformers,
-tokenizers, safetensors, numpy and pillow, and neither torchvision nor AutoProcessor.
+tokenizers, safetensors, jinja2, numpy and pillow, and neither torchvision nor AutoProcessor.
 Processor(find_folder(path, weights=False)) finds what is wrong before weights are fetched.
 
 What differs from the class's own processor, and why:
@@ -143,6 +143,8 @@ def model_config(folder) -> dict:
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, this project "
                          f"handles {' and '.join(map(repr, ARCHITECTURES))}")
+    if absent := {"text_config", "vision_config"} - config.keys():
+        raise ValueError(f"{folder}: config.json has no {min(absent)}")
     return config
 
 
@@ -185,26 +187,28 @@ def _answer_prefix(folder: Path) -> str:
     """
     path, template = folder / "chat_template.jinja", None
     if path.exists():
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8", errors="replace")
     for other in ("chat_template.json", "tokenizer_config.json"):   # in transformers' order
         if not template:
             path = folder / other
             template = _read_json(path, missing={}).get("chat_template")
         if isinstance(template, list):      # several, each with a name
-            template = {one["name"]: one["template"] for one in template}.get("default")
+            template = {one.get("name"): one.get("template") for one in template}.get("default")
     if not template:
         return ""
     ours = (f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
             "<|image_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n")
     asked = [{"type": "image"}, {"type": "text", "text": "Why?"}]
-    # set up as transformers does it; torch brings jinja2 along
+    # transformers' settings, and its own tag, which marks the answers; torch brings jinja2 along
+    template = re.sub(r"\{%-? *(end)?generation *-?%\}", "", template)
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                           extensions=["jinja2.ext.loopcontrols"])
     try:
         theirs = jinja.from_string(template).render(add_generation_prompt=True, messages=[
             {"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}])
     except Exception as error:              # a template may raise anything
-        theirs = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: this chat template cannot be rendered: "
+                         f"{type(error).__name__}: {error}") from None
     if not theirs.startswith(ours):
         raise ValueError(f"{path}: this chat template makes {theirs[:300]!r} of a question, "
                          f"this project {ours!r}. If the model knows ours, remove the template")
@@ -217,9 +221,12 @@ def _read_json(path: Path, missing=None) -> dict:
             return missing
         raise FileNotFoundError(f"{path.parent} is not a Qwen3-VL folder: {path.name} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 # ---------------------------------------------------------------------------- prompts
@@ -276,7 +283,10 @@ class Processor:
     def _read_tokens(self, config: dict) -> None:
         path = self.folder / "tokenizer.json"
         stripped = _read_json(path)
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:          # its only kind
+            raise ValueError(f"{path}: not a tokenizer: {error}") from None
         self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         self.control = {token["content"]: token["id"] for token in stripped["added_tokens"]}
         # The same BPE without its added tokens: whatever a data file says, it stays plain text.

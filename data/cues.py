@@ -40,7 +40,7 @@ from data import records as record_files  # noqa: E402
 from data.leaks import audit  # noqa: E402
 from model import load  # noqa: E402
 from rollout import sample  # noqa: E402
-from scale.checkpoint import append_jsonl, read_jsonl, write_jsonl  # noqa: E402
+from scale.checkpoint import Refused, append_jsonl, read_jsonl, write_jsonl  # noqa: E402
 from scale.checks import check_placement, number, one_line, quiet  # noqa: E402
 
 # Asked for under a version: change a word, change the version, and old cues can be told from new.
@@ -103,8 +103,8 @@ def write_cues(args) -> None:
     """The command write: every record ends up in OUT or in OUT's .rejected.jsonl."""
     data, out = Path(args.data), Path(args.out)
     if out.resolve().parent != data.resolve().parent or out.resolve() == data.resolve():
-        raise ValueError(f"--out {out} must be another file beside {data}: picture paths are "
-                         "relative to the record file")
+        raise Refused(f"--out {out} must be another file beside {data}: picture paths are "
+                      "relative to the record file")
     device, dtype = check_placement(args.device, args.dtype)
     records = record_files.load(data)[:args.limit or None]
     record_files.check_pictures(records)
@@ -116,8 +116,7 @@ def write_cues(args) -> None:
         before = {key: row[f"{args.kind}_meta"].get(key) for key in meta} if (
             f"{args.kind}_meta" in row) else None
         if before != meta:
-            raise ValueError(f"{out} was written with {before}, not with {meta}; "
-                             "give another --out")
+            raise Refused(f"{out} was written with {before}, not with {meta}; give another --out")
     done = {row["id"] for rows in kept.values() for row in rows}
     starts = [s for s in range(0, len(records), args.batch_size)
               if not done.issuperset(r["id"] for r in records[s:s + args.batch_size])]

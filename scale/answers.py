@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scale.checkpoint import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from scale.checkpoint import (Refused, append_jsonl, read_json, read_jsonl, write_json,
+                              write_jsonl)
 
 
 def check_saved(path: Path, rows: list[dict], records: list[dict], before: dict,
@@ -24,12 +25,14 @@ def check_saved(path: Path, rows: list[dict], records: list[dict], before: dict,
     changed = [f"{key} {before[key]}, not {settings.get(key)}"
                for key in before if before[key] != settings.get(key)]
     if changed:
-        raise ValueError(f"{path} was made with {'; '.join(changed)}: give another --out")
+        raise Refused(f"{path} was made with {'; '.join(changed)}: give another --out")
     ids = {record["id"] for record in records}
+    if len({row.get("id") for row in rows}) < len(rows) or any("correct" not in r for r in rows):
+        raise Refused(f"{path} has a question twice, or a row without a verdict: give another --out")
     strange = [row.get("id") for row in rows if row.get("id") not in ids]
     if strange:
-        raise ValueError(f"{path} has answers to {len(strange)} other questions, such as "
-                         f"{strange[0]}: give another --out, or the records and --limit of then")
+        raise Refused(f"{path} has answers to {len(strange)} other questions, such as "
+                      f"{strange[0]}: give another --out, or the records and --limit of then")
 
 
 def answer_into(path: Path, rows: list[dict], records: list[dict], group: int, ask, *,
@@ -61,8 +64,8 @@ def saved_answers(out: Path, records: list[dict], settings: dict) -> list[dict]:
     """Rows of an earlier start of the same command. Its settings stand in OUT.settings.json."""
     path = out.with_name(out.name + ".settings.json")
     if out.exists() and out.stat().st_size and not path.exists():
-        raise ValueError(f"{out} exists, and {path.name} beside it does not, so it cannot be gone "
-                         "on with: give another --out")
+        raise Refused(f"{out} exists, and {path.name} beside it does not, so it cannot be gone "
+                      "on with: give another --out")
     rows = read_jsonl(out)
     check_saved(out, rows, records, read_json(path) if rows else {}, settings)
     write_json(path, settings)

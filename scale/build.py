@@ -10,10 +10,12 @@ Out: student (with the module), teacher (without), processor; the weights that a
 """
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Callable
 
 import torch
@@ -38,7 +40,7 @@ class Scale:
     hidden: Callable = qwen.last_hidden_state     # (model, batch) -> last hidden states
     teach: Callable = teaching.teach          # how the teacher reads the micro-batches
     even_out: Callable = lambda groups, *lists: groups      # as many micro-batches on every rank
-    evaluated: int = 64                       # rows of an evaluation: a bigger teacher must fit too
+    evaluation_rows: int = 64                 # at a time, at most: a bigger teacher must fit too
     read_pictures: Callable = list            # prompts -> prompts; a frozen tower reads them once
     method: Callable | None = None            # another step than distill.training_step
     halved: bool = False                      # a step ran out of memory before
@@ -122,7 +124,7 @@ def scale_for(config, student, teacher, processor) -> Scale:
     elif teacher is not student and student.device.type == "cpu" and torch.get_num_threads() == 1:
         scale.teach = teach_beside
     if student.device.type == "cpu":
-        scale.evaluated = 256
+        scale.evaluation_rows = 256
     if config.train != "all" and config.teacher == "self":
         # one frozen tower in both models: each picture goes through it once, not three times
         scale.read_pictures = lambda prompts: vision.read_once(
@@ -131,7 +133,7 @@ def scale_for(config, student, teacher, processor) -> Scale:
 
 
 def teach_beside(teacher, groups, read):
-    """teacher.teach on a second core: the teacher reads the next micro-batches while the student
+    """teacher.teach on a second core: the teacher reads the next micro-batch while the student
     learns from this one. The same numbers, bit for bit.
 
     For a CPU run of one thread. Two threads of one product would be faster on an idle machine, but
@@ -141,11 +143,18 @@ def teach_beside(teacher, groups, read):
         with teaching.at_work(teacher):         # here: gradients are switched off for one thread
             return read(teacher, rows)
 
-    pool = ThreadPoolExecutor(1)
+    # asked for once, the number of threads holds in the new thread too
+    pool = ThreadPoolExecutor(1, initializer=torch.get_num_threads)
+    groups, waiting = iter(groups), deque()
     try:
-        waiting = [(rows, pool.submit(states, rows)) for rows in groups]
-        for rows, future in waiting:
+        while True:
+            waiting += [(rows, pool.submit(states, rows))
+                        for rows in islice(groups, 2 - len(waiting))]
+            if not waiting:
+                break
+            rows, future = waiting.popleft()
             yield rows, future.result(), teacher.lm_head.weight
+            del future                          # or its states would be kept beside the next
     finally:
         pool.shutdown(cancel_futures=True)      # a step that failed leaves nothing running
 

@@ -89,6 +89,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+class Refused(ValueError):
+    """What the same command would meet again: no advice to repeat it may stand behind it."""
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """All complete lines; a last line that a kill cut short is left out. ValueError, with the line,
     if another one is damaged."""
@@ -102,7 +106,7 @@ def read_jsonl(path: Path) -> list[dict]:
             out.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: damaged, not valid JSON: {error}") from None
+                raise Refused(f"{path}:{number}: damaged, not valid JSON: {error}") from None
     return out
 
 
@@ -111,9 +115,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise Refused(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise Refused(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -272,7 +276,7 @@ def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return int(file.metadata()["step"]), {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a saved state: {error}") from None
+        raise Refused(f"{path}: damaged or not a saved state: {error}") from None
 
 
 def saved_step(folder: Path) -> int | None:

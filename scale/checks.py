@@ -50,7 +50,8 @@ def one_line(script: str, advice=lambda: ""):
         # "[Errno 2] No such file or directory: 'a'" as a sentence
         known = getattr(error, "filename", None)
         said = f"{error.filename}: {error.strerror}" if known else error
-        raise SystemExit(f"{script}: {said}{advice()}") from error
+        again = "" if isinstance(error, checkpoint.Refused) else advice()
+        raise SystemExit(f"{script}: {said}{again}") from error
     except KeyboardInterrupt:
         if sharding.is_main():
             print(f"\n{script}: stopped{advice() or '; nothing is saved yet'}", file=sys.stderr)

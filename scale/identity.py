@@ -156,6 +156,9 @@ def check_sources(folder: Path, config) -> dict:
     now["teacher"] = (config.teacher if config.teacher in ("self", "ema") else
                       checkpoint_digest(qwen.find_folder(config.teacher)))
     check_same(folder, config, saved, now)
+    if config.privilege == "none" and now["teacher"] == now["student"]:
+        raise checkpoint.Refused(f"--privilege none: {config.teacher} holds the student's own "
+                                 "weights, so it agrees with the student, at a loss of zero")
     return now
 
 
@@ -164,7 +167,7 @@ def check_same(folder: Path, config, saved: dict, now: dict) -> None:
                f"{digest[:12]}, {folder} began with {str(saved[name])[:12]}"
                for name, digest in now.items() if saved.get(name, digest) != digest]
     if changed:
-        raise ValueError("; ".join(changed) + ". Put it back, or start a new run")
+        raise checkpoint.Refused("; ".join(changed) + ". Put it back, or start a new run")
 
 
 # ---------------------------------------------------------------------------- the settings
@@ -205,6 +208,8 @@ def settings_of_run(folder: Path, typed: dict, known, method: str = "") -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: is {folder} the folder of a run?")
     own = checkpoint.read_json(path)
+    if not own:
+        raise ValueError(f"{path}: damaged, it names no setting")
     if own.pop("method", "") != method:
         raise ValueError(f"{folder} was begun with another method; go on with "
                          + checkpoint.resume_command(folder))

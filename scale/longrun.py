@@ -172,16 +172,18 @@ class Log:
 def read_before(folder: Path) -> dict | None:
     """What write_before() wrote, on all processes; None if the run was not begun."""
     path = folder / "before.json"
-    return sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
+    before = sharding.from_main(checkpoint.read_json(path) if path.exists() else None)
+    if before is not None and not {"base", "teacher", "rows"} <= before.keys():
+        raise checkpoint.Refused(f"{path}: damaged, it has not what a run writes before step 1")
+    return before
 
 
 def write_before(folder: Path, config, before: dict, seconds: float) -> None:
     """Write before.json. Say what the run will take (seconds: of one answer), and warn of a teacher
     that is no better with its privilege than the base."""
     base, taught = before["base"], before["teacher"]
-    if config.privilege != "none" and (
-            taught["accuracy"] - base["accuracy"] < 0.02 if "accuracy" in taught
-            else taught["answer_gain"] <= 0):
+    if (taught["accuracy"] - base["accuracy"] < 0.02 if "accuracy" in taught
+            else taught.get("answer_gain", 1) <= 0):
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
               "little to learn. Look at what it is told, or choose another --privilege.")
     if sharding.is_main():
@@ -305,11 +307,16 @@ def read_state(folder: Path) -> tuple[int, dict]:
     if (folder / "state" / "state.safetensors").exists() or (folder / "result.json").exists():
         done, tensors = checkpoint.load_state(folder / "state")
     if len(log) < done:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the "
-                         "saved state; budgets and result.json count them. Was it changed?")
+        raise checkpoint.Refused(
+            f"{folder / 'metrics.jsonl'} has {len(log)} of the {done} steps of the saved state; "
+            "budgets and result.json count them. Was it changed?")
+    for n, line in enumerate(log, 1):
+        if line.get("step") != n:
+            raise checkpoint.Refused(f"{folder / 'metrics.jsonl'}:{n}: not the line of step {n}: "
+                                     "was it changed?")
     if done and not (folder / "before.json").exists():
-        raise FileNotFoundError(f"{folder / 'before.json'} is missing, and the base of a student "
-                                "that is trained already cannot be evaluated")
+        raise checkpoint.Refused(f"{folder / 'before.json'} is missing, and the base of a student "
+                                 "that is trained already cannot be evaluated")
     for name in ("checkpoint", "best"):
         checkpoint.put_back(folder / name)
     for name in ("metrics.jsonl", "rollouts.jsonl"):

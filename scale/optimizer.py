@@ -92,7 +92,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Load what tensors() gave. Raises KeyError naming the first tensor that is missing."""
+        """Load what tensors() gave. ValueError if it was given by another set of weights."""
+        saved = {name.removeprefix("weight/") for name in tensors if name.startswith("weight/")}
+        if other := saved ^ set(self.names):
+            raise ValueError(f"the saved state and these settings train other weights, such as "
+                             f"{min(other)}: is args.json that of another run?")
         for name, parameter, master in zip(self.names, self.parameters, self.masters):
             master.copy_(tensors[f"weight/{name}"])
             if master is not parameter:

@@ -128,9 +128,16 @@ def test_a_killed_evaluation_goes_on_and_draws_the_same(toy_folder, tmp_path, mo
     monkeypatch.setattr(qwen, "load", None)              # what follows is refused before
     for more, message in ((("--seed", "4"), "seed 3, not 4"), (("--limit", "3"), "limit 0, not 3"),
                           (("--privilege", "cue"), "privilege none, not cue")):
-        with pytest.raises(SystemExit, match=f"was made with {message}"):
+        with pytest.raises(SystemExit, match=f"was made with {message}: give another --out$"):
             evaluate.main(on_records(toy_folder, cut, *hot, *more))
     assert cut.read_bytes() == whole.read_bytes()
+    lines = whole.read_bytes().split(b"\n")
+    for line, message in ((b"garbage", ":2: damaged"), (lines[0], "a question twice"),
+                          (b'{"id": "toy-test-9"}', "a row without a verdict")):
+        cut.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+        with pytest.raises(SystemExit, match=message) as stop:
+            evaluate.main(on_records(toy_folder, cut, *hot))
+        assert "goes on" not in str(stop.value)
 
 
 def test_ctrl_c_in_a_benchmark_is_one_line(tmp_path, monkeypatch, capsys):

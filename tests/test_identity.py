@@ -224,7 +224,7 @@ def test_the_run_of_an_older_version_goes_on(world, capsys):
     ('{"step": 3}', "not the settings of a run of this version: step"),
     ('{"steps": "3"}', "--steps is '3', expected int"), ('{"lr": NaN}', "--lr is nan"),
     ('{"loss": "mse"}', "--loss is 'mse', none of"), ('{"keep": true}', "--keep is True"),
-    ('{"digests": 1}', "digests")])
+    ('{"digests": 1}', "digests"), ("{}", "it names no setting")])
 def test_damaged_settings_are_one_line(content, message, world, capsys):
     Path("args.json").write_text(content)
     assert message in refused(["--resume", "."], capsys)
@@ -274,6 +274,13 @@ def test_a_teacher_that_is_the_student_and_told_nothing_is_refused(teacher):
     config = distill.Config(privilege="none", teacher=teacher)
     with pytest.raises(ValueError, match=f"--teacher {re.escape(teacher)}.*give a bigger --teacher"):
         distill.checks.check_models(config)
+
+
+def test_a_teacher_that_is_a_copy_of_the_student_and_told_nothing_is_refused(world, tmp_path):
+    """By its weights: it trained at a loss of zero, under another path."""
+    shutil.copytree(qwen.TINY, tmp_path / "copy")
+    said = refused(["--privilege", "none", "--teacher", str(tmp_path / "copy"), *SMALL])
+    assert "holds the student's own weights" in said and "go on with" not in said
 
 
 def test_settings_without_effect_are_said(capsys):

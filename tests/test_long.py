@@ -354,7 +354,7 @@ def test_resume_refuses_a_run_whose_other_files_are_gone(tmp_path):
     with pytest.raises(ValueError, match="metrics.jsonl has 1 of the 2 steps"):
         longrun.resume(tmp_path, NoOptimizer(), None, settings)
     checkpoint.append_jsonl(tmp_path / "metrics.jsonl", {"step": 2})
-    with pytest.raises(FileNotFoundError, match="before.json is missing"):
+    with pytest.raises(checkpoint.Refused, match="before.json is missing"):
         longrun.resume(tmp_path, NoOptimizer(), None, settings)
     checkpoint.write_json(tmp_path / "before.json", {})
     (tmp_path / "best.old").mkdir()                  # what a kill between two renames leaves
