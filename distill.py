@@ -217,10 +217,10 @@ def response_states(processor, responses, hidden, prompts, model, rows) -> torch
 
 # ---------------------------------------------------------------------------- the run
 
-def evaluate_on(model, processor, test, config, scale, privilege="none", label=""):
-    """(graded rows, their summary) of the test records, greedily; shared by all processes."""
+def evaluate_on(model, processor, records, config, scale, privilege="none", label=""):
+    """(graded rows, their summary) of test or dev records, greedily; shared by all processes."""
     with scale.sampling(model), checks.named("evaluation"):
-        asked = [teaching.seen(r, privilege) for r in sharding.share(test)]
+        asked = [teaching.seen(r, privilege) for r in sharding.share(records)]
         rows = evaluate.evaluate(model, processor, asked,
                                  hint=lambda r: teaching.hint(r, privilege),
                                  max_new_tokens=config.max_new_tokens,

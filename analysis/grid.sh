@@ -43,7 +43,8 @@ masked-off       0,1,2 --privilege view --data data/toy-masked/train.jsonl --no-
 maskedcue-off    0,1,2 --privilege view+cue --data data/toy-masked/train.jsonl --no-cue-recovery
 blurred-off      0,1,2 --privilege view --data data/toy-blurred/train.jsonl --no-cue-recovery
 samples-off      0     --privilege cue --batch-size 12 --samples-per-prompt 4 --no-cue-recovery
-reverse-off      0     --privilege cue --loss reverse_kl --no-cue-recovery
+reverse-off      0,1,2 --privilege cue --loss reverse_kl --no-cue-recovery
+sampled-off      0,1,2 --privilege cue --loss sampled --no-cue-recovery
 answer-off       0,1,2 --privilege answer --no-cue-recovery
 answer-first     0,1,2 --privilege answer
 rationale-off    0,1,2 --privilege rationale --no-cue-recovery
