@@ -32,6 +32,9 @@ from scale.optimizer import Optimizer
 from scale.settings import method_first
 
 
+AHEAD = 4        # micro-batches whose teacher states may wait, in memory: one costs 5 % of a step
+
+
 @dataclass
 class Scale:
     """What scale/ adds to a step. The defaults are the plain thing: one process, one device."""
@@ -133,7 +136,7 @@ def scale_for(config, student, teacher, processor) -> Scale:
 
 
 def teach_beside(teacher, groups, read):
-    """teacher.teach on a second core: the teacher reads the next micro-batch while the student
+    """teacher.teach on a second core: the teacher reads the next micro-batches while the student
     learns from this one. The same numbers, bit for bit.
 
     For a CPU run of one thread. Two threads of one product would be faster on an idle machine, but
@@ -149,7 +152,7 @@ def teach_beside(teacher, groups, read):
     try:
         while True:
             waiting += [(rows, pool.submit(states, rows))
-                        for rows in islice(groups, 2 - len(waiting))]
+                        for rows in islice(groups, AHEAD - len(waiting))]
             if not waiting:
                 break
             rows, future = waiting.popleft()
