@@ -31,7 +31,6 @@ from scale.graphs import GraphDecoder
 from scale.optimizer import Optimizer
 from scale.settings import method_first
 
-
 AHEAD = 4        # micro-batches whose teacher states may wait, in memory: one costs 5 % of a step
 
 
