@@ -260,9 +260,10 @@ class Processor:
 
     def _read_picture_settings(self, vision: dict, min_pixels, max_pixels) -> None:
         # transformers 5 has them in processor_config.json, and looks there first
-        both = _read_json(self.folder / "processor_config.json", missing={})
-        pictures = both.get("image_processor") or _read_json(
-            self.folder / "preprocessor_config.json")
+        pictures = _read_json(self.folder / "processor_config.json", missing={}).get(
+            "image_processor")
+        if pictures is None:
+            pictures = _read_json(self.folder / "preprocessor_config.json")
         # old names beside the new, or inside "size"; height and width as the largest picture
         size = {**(pictures.get("size") or {}), **{k: v for k, v in pictures.items() if v}}
         area = (size.get("height") or 0) * (size.get("width") or 0)

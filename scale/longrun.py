@@ -182,8 +182,9 @@ def write_before(folder: Path, config, before: dict, seconds: float) -> None:
     """Write before.json. Say what the run will take (seconds: of one answer), and warn of a teacher
     that is no better with its privilege than the base."""
     base, taught = before["base"], before["teacher"]
-    if (taught["accuracy"] - base["accuracy"] < 0.02 if "accuracy" in taught
-            else taught.get("answer_gain", 1) <= 0):
+    if config.privilege != "none" and (
+            taught["accuracy"] - base["accuracy"] < 0.02 if "accuracy" in taught
+            else taught["answer_gain"] <= 0):
         print("WARNING: the privilege does not make the teacher better than the base, so there is "
               "little to learn. Look at what it is told, or choose another --privilege.")
     if sharding.is_main():
